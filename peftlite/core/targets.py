@@ -1,0 +1,265 @@
+"""From the names in a config to the modules they mean: pure string work.
+
+`select(paths, TargetSpec.from_config(config))` gives a `Selection`: which paths get an adapter, which are trained as
+a whole (`modules_to_save`), and which entries of the config matched nothing. The rules:
+
+    target_modules, exclude_modules   names: the path is the name, or ends with "." + name; a string: a regular
+                                      expression for the whole path; "all-linear": the paths that the caller names
+    modules_to_save                   the path ends with the entry; what lies at or below it gets no adapter
+    layers_to_transform               keeps the paths whose layer index is listed, and those that are named in full
+    layers_pattern                    the name in front of the layer index, as a regular expression; without it, the
+                                      first number in a path that has at least two names before it
+    rank_pattern, alpha_pattern       regular expressions for the path or its end after a dot; the first match counts
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peftlite.config import PeftConfig
+from peftlite.errors import ConfigError, PeftliteWarning, TargetNotFoundError, nearest
+
+ALL_LINEAR = "all-linear"
+UnmatchedPolicy = Literal["error", "warn", "ignore"]
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """An entry of a config field that matched nothing, and what it may have meant (in backticks)."""
+
+    field: str
+    entry: str | int
+    nearest: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a config means for one model: paths in the model's order, and the entries that mean nothing there."""
+
+    targets: tuple[str, ...]
+    saved: tuple[str, ...]
+    unmatched: tuple[Unmatched, ...]
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """The fields of a config that name modules. A config without one of them has its empty value here."""
+
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str = ()
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: tuple[str, ...] = ()
+    alpha_pattern: tuple[str, ...] = ()
+
+    @classmethod
+    def from_config(cls, config: PeftConfig) -> TargetSpec:
+        """The spec of any kind of config."""
+        values = config.to_dict()
+        targets = values.get("target_modules")
+        return cls(
+            target_modules=targets if targets is None or isinstance(targets, str) else _entries(targets),
+            exclude_modules=_name_or_entries(values.get("exclude_modules")),
+            modules_to_save=_entries(values.get("modules_to_save")),
+            layers_to_transform=_entries(values.get("layers_to_transform")),
+            layers_pattern=_entries(values.get("layers_pattern")),
+            rank_pattern=_entries(values.get("rank_pattern")),
+            alpha_pattern=_entries(values.get("alpha_pattern")),
+        )
+
+
+def is_all_linear(target_modules: object) -> bool:
+    """Whether this value of `target_modules` asks for every linear layer."""
+    return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
+
+
+def select(paths: Iterable[str], spec: TargetSpec, *, linear: Collection[str] = ()) -> Selection:
+    """The paths that `spec` means among all module paths of a model; its root, named "", is never one of them.
+
+    `linear` are the paths that "all-linear" stands for; it is not looked at for another `target_modules`.
+
+    Raises:
+        ConfigError: `target_modules` is None, so that the caller has yet to fill in a default.
+    """
+    if spec.target_modules is None:
+        raise ConfigError(
+            "`target_modules` is None and there is no default for this model; "
+            f"name modules, for example `{ALL_LINEAR}`. Nothing was changed."
+        )
+    pool = [path for path in paths if path]
+    saved = tuple(_outermost(path for path in pool if path.endswith(spec.modules_to_save)))
+    is_target = _target_test(spec.target_modules, linear)
+    is_excluded = _target_test(spec.exclude_modules)
+    open_ = _not_below(saved)
+    candidates = [path for path in pool if is_target(path) and not is_excluded(path) and open_(path)]
+    targets = tuple(path for path in candidates if _is_in_layers(path, spec))
+    return Selection(targets, saved, tuple(_unmatched(pool, candidates, targets, spec, linear)))
+
+
+def match_pattern(patterns: Iterable[str], path: str) -> str | None:
+    """The first pattern that matches the path, or its end after a dot, completely; "^" is where the path begins."""
+    starts = _starts(path)
+    for pattern in patterns:
+        whole = re.compile(pattern)
+        if any(whole.fullmatch(path, start) for start in starts):
+            return pattern
+    return None
+
+
+def layer_index(path: str, patterns: Sequence[str] = ()) -> int | None:
+    """The layer that a module belongs to: the number after a name that one of the patterns matches."""
+    if patterns:
+        numbered = [(rf"(?:{pattern})\.(?P<peftlite_index>\d+)\.", _starts(path)) for pattern in patterns]
+    else:
+        numbered = [(r"[^.]*\.(?P<peftlite_index>\d+)\.", _starts(path)[1:])]
+    for pattern, starts in numbered:
+        for start in starts:
+            if found := re.compile(pattern).match(path, start):
+                return int(found["peftlite_index"])
+    return None
+
+
+def report(unmatched: Iterable[Unmatched], model: str = "the model") -> str:
+    """One line for each entry that matched nothing."""
+    return "\n".join(_line(item, model) for item in unmatched)
+
+
+def complain(
+    selection: Selection, policy: UnmatchedPolicy = "error", model: str = "the model", *, stacklevel: int = 2
+) -> None:
+    """Does about entries that matched nothing what the policy says.
+
+    Raises:
+        TargetNotFoundError: there are some and the policy is "error".
+        ConfigError: the policy is none of the three.
+    """
+    if policy not in ("error", "warn", "ignore"):
+        raise ConfigError(f"`unmatched` is `{policy}`; it can be `error`, `warn`, `ignore`. Nothing was changed.")
+    if not selection.unmatched or policy == "ignore":
+        return
+    text = report(selection.unmatched, model)
+    if policy == "error":
+        raise TargetNotFoundError(f'{text}\nNothing was changed. (unmatched="warn" or "ignore" accepts such entries.)')
+    warnings.warn(text, PeftliteWarning, stacklevel=stacklevel + 1)
+
+
+# -- which paths -------------------------------------------------------------------------------------------------------
+
+
+def _entries(value: Any) -> tuple[Any, ...]:
+    """A field's value as a tuple of its entries: one entry may stand alone, nothing is None or empty."""
+    if value is None or value == "":
+        return ()
+    return (value,) if isinstance(value, (str, int)) else tuple(value)
+
+
+def _name_or_entries(value: Any) -> tuple[str, ...] | str:
+    return value if isinstance(value, str) and value else _entries(value)
+
+
+def _starts(path: str) -> list[int]:
+    """Where the names in a path begin."""
+    return [0, *(i + 1 for i, c in enumerate(path) if c == ".")]
+
+
+def _ends(path: str) -> Iterator[str]:
+    """`a.b.c`, `b.c`, `c`."""
+    return (path[start:] for start in _starts(path))
+
+
+def _target_test(names: tuple[str, ...] | str, linear: Collection[str] = ()) -> Callable[[str], bool]:
+    if is_all_linear(names):
+        return frozenset(linear).__contains__
+    if isinstance(names, str):
+        whole = re.compile(names)
+        return lambda path: whole.fullmatch(path) is not None
+    wanted = frozenset(names)
+    return lambda path: any(end in wanted for end in _ends(path))
+
+
+def _not_below(roots: tuple[str, ...]) -> Callable[[str], bool]:
+    taken = frozenset(roots)
+    return lambda path: not any(parent in taken for parent in _parents(path))
+
+
+def _parents(path: str) -> Iterator[str]:
+    """`a`, `a.b`, `a.b.c`."""
+    return (path[: start - 1] if start else path for start in [*_starts(path)[1:], 0])
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    """Without those that lie below another: a module trained as a whole holds its children already."""
+    found = list(dict.fromkeys(paths))
+    taken = frozenset(found)
+    return [path for path in found if not any(parent in taken for parent in _parents(path) if parent != path)]
+
+
+def _is_in_layers(path: str, spec: TargetSpec) -> bool:
+    is_named = not isinstance(spec.target_modules, str) and path in (spec.target_modules or ())
+    if not spec.layers_to_transform or is_named:
+        return True
+    return layer_index(path, spec.layers_pattern) in spec.layers_to_transform
+
+
+# -- which entries matched nothing -------------------------------------------------------------------------------------
+
+
+def _unmatched(
+    pool: list[str], candidates: list[str], targets: tuple[str, ...], spec: TargetSpec, linear: Collection[str]
+) -> Iterator[Unmatched]:
+    """Names are sought among all modules; layers and patterns among those that the targets leave over."""
+    yield from _unmatched_names("target_modules", spec.target_modules or (), pool, linear)
+    yield from _unmatched_names("exclude_modules", spec.exclude_modules, pool)
+    for entry in spec.modules_to_save:
+        if not any(path.endswith(entry) for path in pool):
+            yield Unmatched("modules_to_save", entry, _near(entry, pool))
+    yield from _unmatched_layers(pool, candidates, spec)
+    for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        for pattern in patterns:
+            if not any(match_pattern([pattern], path) for path in targets):
+                yield Unmatched(field, pattern, _near(pattern, targets))
+
+
+def _unmatched_layers(pool: list[str], candidates: list[str], spec: TargetSpec) -> Iterator[Unmatched]:
+    if not spec.layers_to_transform:
+        return
+    indices = sorted({i for i in (layer_index(path, spec.layers_pattern) for path in candidates) if i is not None})
+    near = ", ".join(f"`{i}`" for i in indices) or "none"
+    yield from (Unmatched("layers_to_transform", i, near) for i in spec.layers_to_transform if i not in indices)
+    for pattern in spec.layers_pattern:
+        if not any(layer_index(path, [pattern]) is not None for path in pool):
+            containers = [path.rpartition(".")[0] for path in pool if path.rpartition(".")[2].isdigit()]
+            yield Unmatched("layers_pattern", pattern, _near(pattern, containers))
+
+
+def _unmatched_names(
+    field: str, names: tuple[str, ...] | str, pool: list[str], linear: Collection[str] = ()
+) -> Iterator[Unmatched]:
+    if isinstance(names, str):
+        test = _target_test(names, linear)
+        if not any(test(path) for path in pool):
+            yield Unmatched(field, names, _near(names, pool))
+        return
+    known = {end for path in pool for end in _ends(path)}
+    yield from (Unmatched(field, name, _near(name, pool)) for name in names if name not in known)
+
+
+def _near(entry: str, paths: Iterable[str]) -> str:
+    """The nearest ends of paths, with as many names as the entry has."""
+    depth = entry.count(".") + 1
+    ends = (".".join(path.split(".")[-depth:]) for path in paths)
+    return nearest(entry, dict.fromkeys(end for end in ends if not end.isdigit()))
+
+
+def _line(item: Unmatched, model: str) -> str:
+    kind = {"layers_to_transform": "no layer", "rank_pattern": "no target", "alpha_pattern": "no target"}
+    what = kind.get(item.field, "no module")
+    tail = ""
+    if item.field in ("target_modules", "exclude_modules") and f"`{item.entry}`" in item.nearest.split(", "):
+        tail = f" A string is a regular expression for a whole path; as a name it goes into a list: [{item.entry!r}]."
+    return f"`{item.field}` has `{item.entry}`, which matches {what} of {model}; nearest: {item.nearest}.{tail}"

@@ -1,0 +1,234 @@
+"""LoRA's config: every field of PEFT 0.21.2, and what it means for one module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, Final
+
+from peftlite.checks import (
+    check_bool,
+    check_choice,
+    check_indices,
+    check_int,
+    check_names,
+    check_names_or_regex,
+    check_number,
+    check_pattern,
+    check_regex,
+    show,
+    wrong,
+)
+from peftlite.config import PeftConfig, PeftType, register_config
+from peftlite.core.targets import match_pattern
+from peftlite.errors import ConfigError, UnsupportedFeatureError, nearest
+
+
+@dataclass(frozen=True)
+class LoraRuntimeConfig:
+    """How to run on this machine; never part of a file."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+# Fields whose feature this version does not have, and the value that asks for nothing.
+UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
+    {
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "trainable_token_indices": None,
+        "loftq_config": {},
+        "eva_config": None,
+        "corda_config": None,
+        "lora_ga_config": None,
+        "use_dora": False,
+        "velora_config": None,
+        "alora_invocation_tokens": None,
+        "use_qalora": False,
+        "qalora_group_size": 16,
+        "monteclora_config": None,
+        "layer_replication": None,
+        "runtime_config": LoraRuntimeConfig(),
+        "target_parameters": None,
+        "use_bdlora": None,
+        "arrow_config": None,
+        "kasa_config": None,
+        "ensure_weight_tying": False,
+    }
+)
+INITS: Final = ("gaussian",)  # and True, False
+UNBUILT_INITS: Final = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa", "pissa_niter_")
+BIASES: Final = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """What a config means for one module: W' = W + scaling * B A, with B A of rank r."""
+
+    r: int
+    alpha: float
+    scaling: float
+    dropout: float
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """LoRA (https://arxiv.org/abs/2106.09685): W' = W + (alpha / r) B A; with `use_rslora` alpha / sqrt(r).
+
+    Field names, order and defaults are PEFT's. A collection of names becomes a sorted list; a string given for
+    `target_modules` or `exclude_modules` is a regular expression for a whole module path, but for "all-linear".
+
+    Raises:
+        ConfigError: a field has a value that cannot be used.
+        UnsupportedFeatureError: a field asks for what this version does not have.
+
+    Example:
+        >>> config = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], rank_pattern={"v_proj": 2})
+        >>> config.target_modules
+        ['q_proj', 'v_proj']
+        >>> config.for_site("model.layers.0.self_attn.v_proj")
+        LoraSite(r=2, alpha=8, scaling=4.0, dropout=0.0)
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    use_dora: bool = False
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+
+    kind: ClassVar[PeftType | None] = PeftType.LORA
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
+    ordered_fields: ClassVar[frozenset[str]] = frozenset({"rank_pattern", "alpha_pattern"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_unbuilt()
+        self._check_targets()
+        self._check_numbers()
+        self._check_flags()
+
+    def rank_for(self, path: str) -> int:
+        """The rank at this path (relative to the base model): of the first `rank_pattern` that matches, else `r`."""
+        key = match_pattern(self.rank_pattern, path)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def alpha_for(self, path: str) -> float:
+        """The alpha at this path: of the first `alpha_pattern` that matches, else `lora_alpha`."""
+        key = match_pattern(self.alpha_pattern, path)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
+
+    def scaling_for(self, path: str) -> float:
+        """What B A is multiplied with at this path."""
+        r = self.rank_for(path)
+        return self.alpha_for(path) / (math.sqrt(r) if self.use_rslora else r)
+
+    def for_site(self, path: str) -> LoraSite:
+        """The numbers for the module at this path."""
+        return LoraSite(self.rank_for(path), self.alpha_for(path), self.scaling_for(path), self.lora_dropout)
+
+    def _check_unbuilt(self) -> None:
+        for name, off in UNBUILT.items():
+            value = getattr(self, name)
+            if value == off:
+                continue
+            if off or value:
+                raise UnsupportedFeatureError(
+                    f"`{name}` is {show(value)}, but this version does not have that feature yet; "
+                    f"it can only be {show(off)}. Nothing was changed."
+                )
+            setattr(self, name, {} if off == {} else off)
+
+    def _check_targets(self) -> None:
+        self.target_modules = check_names_or_regex("target_modules", self.target_modules)
+        self.exclude_modules = check_names_or_regex("exclude_modules", self.exclude_modules)
+        self.modules_to_save = check_names("modules_to_save", self.modules_to_save, sort=False)
+        self.layers_to_transform = check_indices("layers_to_transform", self.layers_to_transform)
+        if isinstance(self.layers_pattern, str):
+            check_regex("layers_pattern", self.layers_pattern)
+        else:
+            self.layers_pattern = check_names("layers_pattern", self.layers_pattern, sort=False)
+            for pattern in self.layers_pattern or ():
+                check_regex("layers_pattern", pattern)
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) not in (None, [], ""):
+                raise ConfigError(
+                    f"`{name}` is {show(getattr(self, name))}, but it only works with names in `target_modules`, "
+                    f"in a list; that is {show(self.target_modules)}. Nothing was changed."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"`layers_pattern` is {show(self.layers_pattern)}, but `layers_to_transform` does not say "
+                "which layers; give it their indices. Nothing was changed."
+            )
+
+    def _check_numbers(self) -> None:
+        self.r = check_int("r", self.r, 1)
+        self.lora_alpha = check_number("lora_alpha", self.lora_alpha)
+        self.lora_dropout = check_number("lora_dropout", self.lora_dropout)
+        if not 0 <= self.lora_dropout < 1:
+            raise wrong("lora_dropout", self.lora_dropout, "a probability below 1 (and not below 0)")
+        self.rank_pattern = check_pattern("rank_pattern", self.rank_pattern, lambda name, r: check_int(name, r, 1))
+        self.alpha_pattern = check_pattern("alpha_pattern", self.alpha_pattern, check_number)
+
+    def _check_flags(self) -> None:
+        self.bias = check_choice("bias", self.bias, BIASES)
+        for name in ("fan_in_fan_out", "use_rslora", "lora_bias"):
+            check_bool(name, getattr(self, name))
+        if isinstance(self.init_lora_weights, bool):
+            return
+        self._check_init(self.init_lora_weights)
+        if self.lora_bias:
+            raise ConfigError(
+                f"`lora_bias` is `True`, which needs `init_lora_weights` to be `True` or `False`, "
+                f"not {show(self.init_lora_weights)}. Nothing was changed."
+            )
+
+    def _check_init(self, value: object) -> None:
+        name = value.lower() if isinstance(value, str) else None
+        if name in INITS:
+            self.init_lora_weights = name
+            return
+        if name is not None and name.startswith(UNBUILT_INITS):
+            raise UnsupportedFeatureError(
+                f"`init_lora_weights` is {show(value)}, but this version does not have that feature yet; "
+                "it can be `True`, `False`, `gaussian`. Nothing was changed."
+            )
+        raise ConfigError(
+            f"`init_lora_weights` is {show(value)}; nearest: {nearest(str(value), ('True', 'False', *INITS))}. "
+            "It can be `True`, `False`, `gaussian`. Nothing was changed."
+        )
+
+
+register_config(PeftType.LORA, LoraConfig)
