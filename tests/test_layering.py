@@ -36,10 +36,14 @@ CORE = (
     "call",
     "layer",
     "targets",
-    "inject",
     "sharding",
     "residency",
+    "tree",
+    "plan",
+    "binding",
+    "inject",
     "lifecycle",
+    "overlay",
     "status",
 )
 CORE_MAY_USE = {PACKAGE, "torch", "typing_extensions", *sys.stdlib_module_names}

@@ -1,0 +1,1 @@
+"""peftlite: parameter-efficient fine-tuning, wrapped or in place."""

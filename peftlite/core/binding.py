@@ -1,0 +1,77 @@
+"""Making what is active take effect: one program per layer, and `requires_grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from peftlite.core.state import AdapterState, bias_of
+from peftlite.core.tree import base_biases, layers, named_layers
+from peftlite.core.variant import Program
+from peftlite.errors import AdapterNameError
+
+_MAX_PLANS = 256  # sets of adapters for which every layer's program is kept
+
+
+def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
+    """Make `names` the active adapters of the whole model; overrides set on single layers end."""
+    touched = {*state.active, *names}
+    state.active = names
+    for layer in layers(model):
+        if layer.irregular:
+            touched.update(layer.variants)
+        layer.clear_overrides()
+    sync(model, state, touched)
+    rebind(model, state)
+
+
+def sync(model: nn.Module, state: AdapterState, names: Iterable[str]) -> None:
+    """Have the state write `requires_grad` for `names`, base biases that they own included."""
+    known = [name for name in names if name in state.configs]
+    biases = [(name, p) for name in known for p in base_biases(model, bias_of(state.configs[name]))]
+    state.sync(layers(model), known, biases)
+
+
+def rebind(model: nn.Module, state: AdapterState) -> None:
+    """Bind every layer's program for what is active now; layers with an override of their own keep theirs."""
+    programs = plan_programs(model, state, state.active if state.enabled else ())
+    for layer, program in zip(layers(model), programs, strict=True):
+        if not layer.irregular:
+            layer.bind(program)
+
+
+def plan_programs(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> tuple[Program, ...]:
+    """One program per layer for these adapters, in the order of `AdapterLayer.place`; kept until a layer changes."""
+    plan = state.plans.get(names)
+    if plan is None:
+        number(model)
+        plan = tuple(layer.program(names) for layer in layers(model))
+        if len(state.plans) >= _MAX_PLANS:
+            state.plans.clear()
+        state.plans[names] = plan
+    return plan
+
+
+def number(model: nn.Module) -> None:
+    """Tell every layer which of a Call's programs is its own."""
+    for place, layer in enumerate(layers(model)):
+        if layer.place != place:
+            layer.__dict__["place"] = place
+            layer.state.plans.clear()
+
+
+def check_exclusive(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse adapters that cannot be active together because each stands in for the same module.
+
+    Raises: AdapterNameError.
+    """
+    if len(names) < 2:
+        return
+    for path, layer in named_layers(model):
+        rivals = [n for n in names if n in layer.variants and layer.variants[n].exclusive]
+        if len(rivals) > 1:
+            raise AdapterNameError(
+                f"Adapters {' and '.join(f'`{n}`' for n in rivals)} cannot be active together: each has a module "
+                f"of its own for `{path}`. Nothing was changed."
+            )

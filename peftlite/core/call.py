@@ -1,0 +1,215 @@
+"""Which adapters does THIS call use? A `Call` is immutable and travels with the call, never in the model.
+
+Eager code reads a ContextVar. Dynamo cannot trace `ContextVar.get`, but it traces (and guards, per thread) an attribute
+of a `threading.local`, so `using` sets both. Gradient checkpointing runs forward again inside backward, after the
+`with` block has ended: there the ContextVar says nothing, or something else, so the autograd node being evaluated is
+looked up in a log of which Call each stretch of nodes was made under.
+
+The private torch functions that this takes are used in this file only and are pinned by tests.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+from peftlite.core.state import AdapterState
+from peftlite.core.variant import Program
+from peftlite.errors import StateError
+
+_MAX_LOG = 4096
+_MAX_DEPTH = 64  # backward passes inside one another that can be told apart
+_TLS_KEY = "peftlite.calls"  # torch copies this thread-local to the threads of a backward pass
+
+_variable: ContextVar[Call | None] = ContextVar("peftlite_call", default=None)
+_ever_logged = False  # until a Call has recorded gradients, `current` need not look further
+
+
+class _Mirror(threading.local):
+    call: Call | None = None
+
+
+_mirror = _Mirror()
+
+
+class Call:
+    """One program per layer of one model (see `AdapterLayer.place`), for the calls made inside a `with` block."""
+
+    def __init__(
+        self, state: AdapterState, names: Sequence[str], programs: Sequence[Program], outer: Call | None
+    ) -> None:
+        self.state = state
+        self.names = tuple(names)
+        self.programs = tuple(programs)
+        self.outer = outer
+
+    def of(self, state: AdapterState) -> Call | None:
+        """The innermost enclosing Call that is about the model of `state`."""
+        call: Call | None = self
+        while call is not None and call.state is not state:
+            call = call.outer
+        return call
+
+
+def current() -> Call | None:
+    """The Call under which the code now running was called (or, in a recomputation, was called at first)."""
+    if torch.compiler.is_compiling():
+        return _mirror.call
+    if _ever_logged and torch._C._current_graph_task_id() != -1:
+        return _recall()
+    return _variable.get()
+
+
+@contextmanager
+def using(call: Call) -> Iterator[Call]:
+    """Everything that this thread or task calls inside the block runs under `call`."""
+    mirrored = _mirror.call
+    if torch.compiler.is_compiling():  # entered inside a compiled region, where a ContextVar cannot be traced
+        _mirror.call = call
+        try:
+            yield call
+        finally:
+            _mirror.call = mirrored
+        return
+    token = _variable.set(call)
+    _mirror.call = call
+    log = _log() if torch.is_grad_enabled() else None
+    entry = log.open(call) if log is not None else None
+    try:
+        yield call
+    finally:
+        _variable.reset(token)
+        _mirror.call = mirrored
+        if log is not None and entry is not None:
+            log.close(entry)
+
+
+def resync() -> None:
+    """Let compiled code in this thread or task see the ContextVar that it was started with."""
+    _mirror.call = _variable.get()
+
+
+# ---- under which Call was this autograd node made?
+class _Stretch:
+    """The autograd sequence numbers [first, last) of the nodes made under one Call."""
+
+    def __init__(self, first: int, call: Call) -> None:
+        self.first = first
+        self.last = math.inf
+        self.call = call
+
+
+class _Log:
+    """Per thread: the stretches of sequence numbers, and the backward passes in which something was recomputed."""
+
+    def __init__(self) -> None:
+        self.stretches: list[_Stretch] = []
+        self.tasks: list[tuple[int, Call | None]] = []
+
+    def open(self, call: Call) -> _Stretch:
+        global _ever_logged
+        _require_torch_internals()
+        _ever_logged = True
+        stretch = _Stretch(_next_sequence_number(), call)
+        self.stretches.append(stretch)
+        if len(self.stretches) > _MAX_LOG:
+            del self.stretches[: _MAX_LOG // 2]
+        return stretch
+
+    def close(self, stretch: _Stretch) -> None:
+        stretch.last = _next_sequence_number()
+        if stretch.last == stretch.first + 1 and self.stretches[-1:] == [stretch]:
+            self.stretches.pop()  # no node was made in it
+
+    def find(self, number: int) -> _Stretch | None:
+        """The innermost stretch around `number`."""
+        upto = bisect_right(self.stretches, number, key=lambda s: s.first)
+        return next((s for s in reversed(self.stretches[:upto]) if s.last > number), None)
+
+    def enclosing(self, task: int) -> Call | None:
+        """The Call recomputed by the backward pass around this one: a reentrant checkpoint inside another."""
+        if _reentrant_depth() < 2:
+            return None
+        return next((call for other, call in reversed(self.tasks) if other != task), None)
+
+    def note(self, task: int, call: Call | None) -> None:
+        """Remember what backward pass `task` is recomputing."""
+        if self.tasks[-1:] != [(task, call)]:
+            self.tasks = [(other, c) for other, c in self.tasks[-_MAX_DEPTH:] if other != task] + [(task, call)]
+
+
+_logs: WeakSet[_Log] = WeakSet()
+
+
+def _log() -> _Log:
+    if not torch._C._is_key_in_tls(_TLS_KEY):
+        log = _Log()
+        _logs.add(log)
+        torch._C._stash_obj_in_tls(_TLS_KEY, log)
+    found: Any = torch._C._get_obj_in_tls(_TLS_KEY)
+    return found  # type: ignore[no-any-return]
+
+
+def _next_sequence_number() -> int:
+    """The number that autograd gives the next node of this thread (by making one)."""
+    with torch.enable_grad():
+        node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
+        return int(node._sequence_nr())
+
+
+def _recall() -> Call | None:
+    """Inside a backward pass: the Call of the node being evaluated, or of the recomputation that made that node.
+
+    Raises: StateError if several threads' Calls fit and none is this thread's.
+    """
+    task = torch._C._current_graph_task_id()
+    number = int(torch._C._current_autograd_node()._sequence_nr())
+    if torch._C._is_key_in_tls(_TLS_KEY):
+        log = _log()
+        found = log.find(number)
+        call = found.call if found is not None else log.enclosing(task)
+        log.note(task, call)
+        return call
+    calls = {id(s.call): s.call for s in (log.find(number) for log in list(_logs)) if s is not None}
+    if len(calls) > 1:
+        raise StateError(
+            "backward() runs in another thread than forward, with gradient checkpointing and several threads that "
+            "choose adapters per call: call backward() in the thread that ran forward."
+        )
+    return next(iter(calls.values()), None)
+
+
+def _reentrant_depth() -> int:
+    """How many autograd Functions' `backward(ctx, ...)` are on this thread's stack."""
+    depth = 0
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        depth += code.co_name == "backward" and code.co_varnames[:1] == ("ctx",)
+        frame = frame.f_back
+    return depth
+
+
+def _require_torch_internals() -> None:
+    names = (
+        "_current_graph_task_id",
+        "_current_autograd_node",
+        "_is_key_in_tls",
+        "_stash_obj_in_tls",
+        "_get_obj_in_tls",
+    )
+    missing = [name for name in names if name not in vars(torch._C)]
+    if missing:
+        raise StateError(
+            f"torch {torch.__version__} lacks `{missing[0]}`, without which `use_adapter` cannot be right under "
+            "gradient checkpointing: use `set_adapter`, or call under `torch.no_grad()`."
+        )

@@ -1,0 +1,226 @@
+"""Hosts: all we know about one kind of base layer.
+
+Weights are handed out in one canonical layout, `[*batch, out, in, *kernel]`. A host answers from the *module* whatever
+can be answered so (shape, device, dtype): packed, meta, offloaded and sharded weights all lie about their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ALL_ROWS = slice(None)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A base layer's weight `[*batch, out, in, *kernel]` and bias `(out,)`; of the rows (dimension `out`) asked for."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A base layer's own bytes.
+
+    `shared`: `weight` is the Parameter that other modules use too, to be put back as it is.
+    """
+
+    weight: Any
+    bias: Tensor | None
+    shared: bool = False
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In the precision that sums are made in: fp32 for what is stored in less."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+class Host:
+    """One base layer whose parameters are dense tensors; the base class of all hosts."""
+
+    label: ClassVar[str] = "Linear"
+    """The second half of the printed name: `lora.Linear`."""
+    weight_only: ClassVar[bool] = False
+    """The module reads its weight itself, so that adapters must edit the weight and not the call."""
+    transposed: ClassVar[bool] = False
+    """A linear layer that stores its weight (in, out)."""
+    batch: int = 0
+    """How many leading dimensions of the canonical weight are experts."""
+
+    def __init__(self, layer: nn.Module, param: str = "weight") -> None:
+        self.layer = layer
+        self.param = param
+
+    # ---- known without touching bytes
+    @property
+    def parameter(self) -> Any:
+        """The parameter that adapters are about."""
+        return getattr(self.layer, self.param)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The layer's bias parameter, where it has one."""
+        return getattr(self.layer, "bias", None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Canonical shape `[*batch, out, in, *kernel]`."""
+        return tuple(self.canonical(self.parameter).shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        hook = getattr(self.layer, "_hf_hook", None)
+        place = getattr(hook, "execution_device", None)
+        return torch.device(place) if place is not None else self.parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the layer computes in."""
+        return self.parameter.dtype  # type: ignore[no-any-return]
+
+    def canonical(self, raw: Tensor) -> Tensor:
+        """Stored layout -> canonical layout, as a view. Its own inverse."""
+        return raw
+
+    # ---- bytes
+    def read(self, saved: Saved | None = None, rows: slice = ALL_ROWS) -> Dense:
+        """The weight and bias in canonical layout (views where possible), as they are or as they were `saved`."""
+        weight = self.parameter if saved is None else saved.weight
+        bias = self.bias if saved is None else saved.bias
+        return Dense(
+            self.take(self.canonical(weight.detach()), rows),
+            None if bias is None else self.take_bias(bias.detach(), rows),
+        )
+
+    @torch.no_grad()
+    def write(self, new: Dense, rows: slice = ALL_ROWS) -> None:
+        """Put canonical values into the layer's parameters, in place: whoever shares the storage sees them."""
+        self.take(self.canonical(self.parameter.data), rows).copy_(new.weight)
+        if new.bias is not None and self.bias is not None:
+            self.take_bias(self.bias.data, rows).copy_(new.bias)
+
+    def take(self, weight: Tensor, rows: slice) -> Tensor:
+        """Rows of the dimension `out` of a canonical weight."""
+        return weight if rows == ALL_ROWS else weight[(slice(None),) * self.batch + (rows,)]
+
+    def take_bias(self, bias: Tensor, rows: slice) -> Tensor:
+        """The bias of those rows."""
+        return bias if rows == ALL_ROWS else bias[rows]
+
+    def save(self, shared: bool = False) -> Saved:
+        """The layer's own bytes; with `shared`, the layer gets a copy and the shared Parameter itself is kept."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        if not shared:
+            return Saved(self.parameter.detach().clone(), bias)
+        original = self.parameter
+        setattr(self.layer, self.param, nn.Parameter(original.detach().clone(), original.requires_grad))
+        return Saved(original, bias, shared=True)
+
+    @torch.no_grad()
+    def restore(self, saved: Saved) -> None:
+        """The inverse of `save`, bit for bit."""
+        if saved.shared:
+            setattr(self.layer, self.param, saved.weight)
+        else:
+            self.parameter.data.copy_(saved.weight)
+        if saved.bias is not None and self.bias is not None:
+            self.bias.data.copy_(saved.bias)
+
+    # ---- use
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's map with another canonical weight, without bias."""
+        raise NotImplementedError(type(self).__name__)
+
+
+class LinearHost(Host):
+    """`nn.Linear` and its subclasses: weight (out, in)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (int(self.layer.out_features), int(self.layer.in_features))  # type: ignore[arg-type]
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+
+class EmbeddingHost(Host):
+    """`nn.Embedding`: stored (num, dim), canonical (dim, num); applied to ids."""
+
+    label = "Embedding"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (int(self.layer.embedding_dim), int(self.layer.num_embeddings))  # type: ignore[arg-type]
+
+    @property
+    def bias(self) -> None:
+        return None
+
+    def canonical(self, raw: Tensor) -> Tensor:
+        return raw.T
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        table: Any = self.layer
+        return F.embedding(
+            x, weight.T, table.padding_idx, table.max_norm, table.norm_type, table.scale_grad_by_freq, table.sparse
+        )
+
+
+class ModuleHost(Host):
+    """Any module at all, for methods that replace the whole module rather than adapt its weight."""
+
+    label = "Module"
+
+    @property
+    def parameter(self) -> Any:
+        return next(self.layer.parameters(), torch.empty(0))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+
+H = TypeVar("H", bound=type[Host])
+_BY_TYPE: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost, nn.Embedding: EmbeddingHost}
+_BY_PREDICATE: list[tuple[Callable[[nn.Module], bool], type[Host]]] = []
+
+
+def register_host(kind: type[nn.Module]) -> Callable[[H], H]:
+    """Class decorator: base layers of type `kind` (and subclasses) are served by the decorated host."""
+
+    def add(host: H) -> H:
+        _BY_TYPE[kind] = host
+        return host
+
+    return add
+
+
+def register_host_for(predicate: Callable[[nn.Module], bool]) -> Callable[[H], H]:
+    """Class decorator for kinds that share a class with another, such as an `nn.Linear` whose weight is quantised."""
+
+    def add(host: H) -> H:
+        _BY_PREDICATE.append((predicate, host))
+        return host
+
+    return add
+
+
+def host_for(layer: nn.Module) -> Host | None:
+    """The host of a base layer, or None for a kind that no host knows."""
+    for predicate, kind in _BY_PREDICATE:
+        if predicate(layer):
+            return kind(layer)
+    return next((_BY_TYPE[t](layer) for t in type(layer).__mro__ if t in _BY_TYPE), None)
+
+
+def known_kinds() -> list[str]:
+    """The names of the kinds of layer that have a host, for error messages."""
+    return sorted(kind.__name__ for kind in _BY_TYPE)

@@ -1,0 +1,234 @@
+"""Where both shapes meet: `plan` says what adding an adapter would do, and may raise; `inject` does exactly that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+
+from peftlite.config import PeftConfig
+from peftlite.core.binding import activate, number, rebind, sync
+from peftlite.core.hosts import Host, LinearHost, ModuleHost, host_for, known_kinds
+from peftlite.core.layer import AdapterLayer
+from peftlite.core.plan import InjectionPlan, Site
+from peftlite.core.state import AdapterState, check_adapter_name, check_bias_owner, freeze
+from peftlite.core.targets import Selection, TargetSpec, UnmatchedPolicy, complain, is_all_linear, report, select
+from peftlite.core.tree import Place, base_model_of, check_one_state, find_state, places
+from peftlite.core.variant import COMPANIONS, TunerSpec, tuner_for
+from peftlite.errors import TargetNotFoundError, UnsupportedLayerError
+
+C = TypeVar("C", bound=PeftConfig)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the library that a model comes from knows of it."""
+
+    name_or_path: str | None = None
+    model_type: str | None = None
+    output_head: nn.Module | None = None
+    default_targets: Callable[[PeftConfig], None] | None = None
+    """Fills in the config's targets for this type of model, if there are defaults for it."""
+
+
+_FACTS: list[Callable[[nn.Module], ModelFacts | None]] = []
+
+
+def register_model_facts(provider: Callable[[nn.Module], ModelFacts | None]) -> None:
+    """Make a library's knowledge of its models known."""
+    _FACTS.append(provider)
+
+
+def facts_of(model: nn.Module) -> ModelFacts:
+    """What is known of `model`; empty for a plain torch module."""
+    base = base_model_of(model)
+    return next((facts for provider in _FACTS if (facts := provider(base)) is not None), ModelFacts())
+
+
+# ---- plan
+def plan(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str = "default",
+    *,
+    unmatched: UnmatchedPolicy = "error",
+    autocast_adapter_dtype: bool = True,
+) -> InjectionPlan:
+    """What adding an adapter would do, printable as a table; changes nothing and works on the meta device.
+
+    Raises: AdapterNameError, ConfigError, TargetNotFoundError, UnsupportedLayerError, StateError.
+    """
+    base = base_model_of(model)
+    check_one_state(base)
+    state = find_state(base)
+    check_adapter_name(adapter_name, state.configs if state is not None else ())
+    tuner = tuner_for(config)
+    config = config.copy()
+    if state is not None:
+        check_bias_owner(state, config)
+    facts = facts_of(base)
+    config.base_model_name_or_path = config.base_model_name_or_path or facts.name_or_path
+    found = Found.of(base)
+    selection = choose(base, config, found, facts)
+    complain(selection, unmatched, type(base).__name__, stacklevel=3)
+    if not selection.targets:
+        raise TargetNotFoundError(
+            f"`target_modules={config.to_dict().get('target_modules')!r}` matches no module of {type(base).__name__}.\n"
+            f"{report(selection.unmatched, type(base).__name__)}\nNothing was changed."
+        )
+    sites = [
+        *make_sites(found, selection.targets, tuner, config),
+        *(site for companion in COMPANIONS for site in make_sites(found, selection.saved, companion.tuner, config)),
+    ]
+    complete(config, tuner, sites, selection, list(found.places))
+    return InjectionPlan(base, config, adapter_name, tuple(sites), autocast_adapter_dtype)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One walk over a model: its modules by path, the places of each module, and who uses each parameter."""
+
+    places: dict[str, Place]
+    uses: dict[int, set[int]] = field(default_factory=dict)
+    """id of a parameter -> ids of the modules that have it."""
+
+    @classmethod
+    def of(cls, base: nn.Module) -> Found:
+        found = cls({place.path: place for place in places(base)})
+        for place in found.places.values():
+            module = place.module.get_base_layer() if isinstance(place.module, AdapterLayer) else place.module
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    found.uses.setdefault(id(parameter), set()).add(id(module))
+        return found
+
+    def shares_weight(self, host: Host) -> bool:
+        """Whether the host's parameter is another module's too."""
+        return len(self.uses.get(id(host.parameter), ())) > 1
+
+
+def choose(base: nn.Module, config: PeftConfig, found: Found, facts: ModelFacts) -> Selection:
+    """Which modules the config means, task heads included."""
+    values: Any = config
+    if values.to_dict().get("target_modules") is None and facts.default_targets is not None:
+        facts.default_targets(config)
+    heads = [name for companion in COMPANIONS for name in companion.optional(config)]
+    present = sorted({head for head in heads if any(path.rpartition(".")[2] == head for path in found.places)})
+    if present:
+        values.modules_to_save = sorted({*(values.modules_to_save or ()), *present})
+    linear: list[str] = []
+    if is_all_linear(values.target_modules):
+        linear = [p.path for p in found.places.values() if is_linear(p.module) and p.module is not facts.output_head]
+    return select(found.places, TargetSpec.from_config(config), linear=linear)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means this module."""
+    return isinstance(module.host if isinstance(module, AdapterLayer) else host_for(module), LinearHost)
+
+
+def make_sites(found: Found, paths: Iterable[str], tuner: TunerSpec, config: PeftConfig) -> list[Site]:
+    """One site per module; a module in several of the places gets one adapter, in all of them.
+
+    Raises: UnsupportedLayerError.
+    """
+    variant = tuner.variant_for(config)
+    grouped: dict[int, list[Place]] = {}
+    for path in paths:
+        place = found.places[path]
+        grouped.setdefault(id(place.module), []).append(place)
+    sites, refused = [], []
+    for group in grouped.values():
+        first = group[0]
+        host = host_at(first.module, tuner)
+        reason = why_not(first.module, host, tuner) or (
+            variant.check(host, config, first.path) if host is not None else None
+        )
+        if host is None or reason is not None:
+            refused.append(f"`{first.path}` ({reason})")
+            continue
+        rank, parameters = variant.size(host, config, first.path)
+        sites.append(Site(tuple(group), tuner, variant, host, rank, parameters, found.shares_weight(host)))
+    if refused:
+        raise UnsupportedLayerError(
+            f"{tuner.peft_type} cannot adapt {', '.join(refused[:5])}{' ...' if len(refused) > 5 else ''}. "
+            "Name other modules in `target_modules`, or these in `exclude_modules`. Nothing was changed."
+        )
+    return sites
+
+
+def host_at(module: nn.Module, tuner: TunerSpec) -> Host | None:
+    """The host of a module, or of the base layer of an adapter layer; any module has one where it is replaced whole."""
+    if isinstance(module, AdapterLayer):
+        return module.host
+    host = host_for(module)
+    return ModuleHost(module) if host is None and tuner.base_slot != "base_layer" else host
+
+
+def why_not(module: nn.Module, host: Host | None, tuner: TunerSpec) -> str | None:
+    """Why a module cannot take an adapter of this tuner at all."""
+    if isinstance(module, AdapterLayer) and module.tuner is not tuner:
+        return f"it has {module.tuner.peft_type} adapters already"
+    if host is None:
+        return f"{type(module).__name__}, where the kinds of layer with adapters are {', '.join(known_kinds())}"
+    return None
+
+
+def complete(config: Any, tuner: TunerSpec, sites: Sequence[Site], selection: Selection, paths: Sequence[str]) -> None:
+    """Write into the model's own copy of the config what "all-linear" came to, and what the layers say."""
+    if is_all_linear(config.target_modules):
+        config.target_modules = sorted({path.rpartition(".")[2] for path in selection.targets})
+        if select(paths, TargetSpec.from_config(config)).targets != selection.targets:
+            config.target_modules = sorted(selection.targets)
+    if tuner.resolve is not None:
+        tuner.resolve(config, [(site.path, site.host) for site in sites if site.tuner is tuner])
+
+
+# ---- commit
+def inject(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str = "default",
+    *,
+    low_cpu_mem_usage: bool = False,
+    autocast_adapter_dtype: bool = True,
+    unmatched: UnmatchedPolicy = "error",
+    trainable: bool | None = None,
+) -> InjectionPlan:
+    """Add an adapter to `model`, in place. The first one becomes active, and the base model stops training.
+
+    Adapters' tensors are fp32 on a base in half precision, unless `autocast_adapter_dtype=False`; with
+    `low_cpu_mem_usage` they are on the meta device, to be loaded. `trainable` defaults to the opposite of the config's
+    `inference_mode`.
+
+    Raises: what `plan` raises; the model is then as it was.
+    """
+    planned = plan(model, config, adapter_name, unmatched=unmatched, autocast_adapter_dtype=autocast_adapter_dtype)
+    commit(planned, low_cpu_mem_usage, not config.inference_mode if trainable is None else trainable)
+    return planned
+
+
+def commit(planned: InjectionPlan, low_cpu_mem_usage: bool, trainable: bool) -> None:
+    """Make all tensors, which may fail, and then attach them, which cannot."""
+    base, name = planned.model, planned.adapter_name
+    built = [(site, site.variant.init(site.host, planned.placement(site, low_cpu_mem_usage))) for site in planned.sites]
+    state = find_state(base)
+    first = state is None
+    if state is None:
+        state = AdapterState()
+        freeze(base)
+    for site, values in built:
+        layer = site.module if isinstance(site.module, AdapterLayer) else AdapterLayer(site.module, site.tuner, state)
+        layer.__dict__["shared_weight"] = site.shared
+        layer.add(name, site.variant, values)
+        for place in site.places:
+            place.parent._modules[place.child] = layer
+    state.add(name, planned.config, trainable)
+    number(base)
+    if first:
+        activate(base, state, (name,))
+    else:
+        sync(base, state, (name,))
+        rebind(base, state)

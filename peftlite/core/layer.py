@@ -1,0 +1,361 @@
+"""The one wrapper layer: every tuner's adapters on every kind of base layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.core.call import current
+from peftlite.core.hosts import ALL_ROWS, Dense, Host, ModuleHost, Saved, host_for, widened
+from peftlite.core.slots import Numbers, SlotContainer, View, parameters_in, replace_tensor
+from peftlite.core.state import AdapterState
+from peftlite.core.variant import Program, TunerSpec, Variant
+from peftlite.errors import MergeError, StateError
+
+_DERIVED = ("_program", "_host")
+_BLOCK = 1 << 18  # elements merged at a time: temporaries stay in cache, and small beside the weight
+
+
+class AdapterLayer(nn.Module):
+    """A base layer and its adapters: `base_layer`, then one container per slot, keyed by adapter name.
+
+    What is active is bound to `_program` when it is set; forward runs that program, or the one that the current `Call`
+    has for this layer. The adapters' maths lives in their variants, the base layer's in its host.
+    """
+
+    state: AdapterState
+    tuner: TunerSpec
+
+    def __init__(self, base_layer: nn.Module, tuner: TunerSpec, state: AdapterState) -> None:
+        super().__init__()
+        self._modules[tuner.base_slot] = base_layer
+        for slot in tuner.slots:
+            self._modules[slot.name] = slot.kind()
+        own = self.__dict__
+        for number in tuner.numbers:
+            own[number] = Numbers()
+        own.update(
+            tuner=tuner,
+            state=state,
+            place=-1,
+            variants={},
+            merged_adapters=[],
+            shared_weight=False,
+            training=base_layer.training,
+            _saved=None,
+            _own_active=None,
+            _own_enabled=None,
+        )
+        self._link()
+
+    def _get_name(self) -> str:
+        return self.tuner.label(self.host)
+
+    # ---- what it is
+    @property
+    def host(self) -> Host:
+        """The host of the base layer, made anew when the base layer was replaced."""
+        base = self.get_base_layer()
+        host: Host | None = self.__dict__.get("_host")
+        if host is None or host.layer is not base:
+            host = self.__dict__["_host"] = host_for(base) or ModuleHost(base)
+        return host
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer that the adapters are on."""
+        base: Any = self._modules[self.tuner.base_slot]
+        return base  # type: ignore[no-any-return]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters in use on this layer: the model's, unless `set_adapter` was called on the layer itself."""
+        names = self.state.active if self._own_active is None else self._own_active
+        return [name for name in names if name in self.state.configs]
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same as `active_adapters`."""
+        return self.active_adapters
+
+    @property
+    def enabled(self) -> bool:
+        """Whether adapters have any effect on this layer."""
+        return self.state.enabled if self._own_enabled is None else bool(self._own_enabled)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether adapters are switched off on this layer."""
+        return not self.enabled
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged into the base layer's weight."""
+        return bool(self.merged_adapters)
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """The names of the containers of trainable tensors."""
+        return tuple(slot.name for slot in self.tuner.slots if slot.trainable)
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """The names of everything else that is kept per adapter."""
+        return (*self.tuner.numbers, *(slot.name for slot in self.tuner.slots if not slot.trainable))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules")
+            tuner = self.__dict__.get("tuner")
+            if modules is None or tuner is None or name == tuner.base_slot:
+                raise
+            return getattr(modules[tuner.base_slot], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == self.tuner.base_slot:
+            self.unbind()
+
+    # ---- adapters
+    def container(self, slot: str) -> SlotContainer:
+        """One slot's container of all adapters."""
+        found: Any = self._modules[slot]
+        return found  # type: ignore[no-any-return]
+
+    def add(self, name: str, variant: Variant, values: Mapping[str, Any]) -> None:
+        """Attach an adapter whose tensors and numbers were made by `variant.init`. Cannot fail."""
+        self.variants[name] = variant
+        for key, value in values.items():
+            if key not in self._modules:
+                self.__dict__[key][name] = value
+                continue
+            self.container(key)[name] = value
+            if isinstance(value, nn.Module):
+                value.train(self.training)
+        for parameter in self.parameters_of(name):
+            parameter.requires_grad_(False)
+        self.unbind()
+
+    def remove(self, name: str) -> None:
+        """Detach an adapter; if it is merged, it is unmerged first."""
+        if name in self.merged_adapters:
+            self.set_merged([n for n in self.merged_adapters if n != name])
+        self.variants.pop(name, None)
+        for slot in self.tuner.slots:
+            container = self.container(slot.name)
+            if name in container:
+                del container[name]
+        for number in self.tuner.numbers:
+            if name in self.__dict__[number]:
+                del self.__dict__[number][name]
+        if self._own_active is not None:
+            self.__dict__["_own_active"] = tuple(n for n in self._own_active if n != name)
+        self.unbind()
+
+    def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
+        """The trainable parameters of one adapter on this layer."""
+        for slot in self.tuner.slots:
+            container = self.container(slot.name)
+            if slot.trainable and name in container:
+                yield from parameters_in(container[name])
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """File suffix -> live tensor of one adapter, such as {"lora_A.weight": ..., "lora_B.weight": ...}."""
+        found: dict[str, Tensor] = {}
+        for slot in self.tuner.slots:
+            container = self.container(slot.name)
+            if name in container:
+                found.update((suffix, tensor) for suffix, _, tensor in slot.suffixes(container[name]))
+        return found
+
+    def assign(self, name: str, suffix: str, tensor: Tensor) -> None:
+        """Put `tensor` in the place of the one that `tensors(name)[suffix]` is."""
+        for slot in self.tuner.slots:
+            container = self.container(slot.name)
+            if name not in container:
+                continue
+            for found, attribute, _ in list(slot.suffixes(container[name])):
+                if found == suffix:
+                    replace_tensor(container, name, attribute, tensor)
+        self.unbind()
+
+    # ---- forward
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = current()
+        if call is not None and (call := call.of(self.state)) is not None:
+            return call.programs[self.place](*args, **kwargs)
+        return (self._program or self._bind())(*args, **kwargs)
+
+    def program(self, names: Sequence[str]) -> Program:
+        """The base layer with these adapters, as one callable; what depends only on `names` is decided here."""
+        live = [name for name in names if name in self.variants and name not in self.merged_adapters]
+        call: Program = self.get_base_layer()
+        for name in live:
+            call = partial(self.variants[name].forward, View(self, name), call)
+        fast = self.variants[live[0]].bind(View(self, live[0]), call) if len(live) == 1 else None
+        return fast or call
+
+    def _bind(self) -> Program:
+        program = self.program(self.active_adapters if self.enabled else ())
+        self.bind(program)
+        return program
+
+    def bind(self, program: Program) -> None:
+        """What forward runs from now on."""
+        self.__dict__["_program"] = program  # not setattr: a program may be the base layer itself
+
+    def unbind(self) -> None:
+        """Forget everything derived from the adapters on this layer; it is made again on use."""
+        self.__dict__["_program"] = None
+        self.state.plans.clear()
+
+    def _number_written(self, name: str) -> None:
+        if name in self.merged_adapters:
+            raise StateError(f"Adapter `{name}` is merged: unmerge it before its numbers change. Nothing was changed.")
+        self.unbind()
+
+    # ---- explicit overrides on this layer alone
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Use these adapters on this layer, whatever the model uses, until `set_adapter` is called on the model."""
+        names = self.state.checked(adapter_names)
+        self.set_merged([n for n in self.merged_adapters if n in names])
+        self.__dict__["_own_active"] = names
+        if inference_mode:
+            self.state.trainable -= frozenset(names)
+        self.state.sync((self,), self.variants)
+        self.unbind()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off on this layer alone; switching off unmerges."""
+        if not enabled:
+            self.set_merged(())
+        self.__dict__["_own_enabled"] = bool(enabled)
+        self.unbind()
+
+    def clear_overrides(self) -> None:
+        """Follow the model again."""
+        self.__dict__.update(_own_active=None, _own_enabled=None)
+        self.unbind()
+
+    @property
+    def irregular(self) -> bool:
+        """Whether this layer differs from its model in what is active or enabled."""
+        own = self._own_active is not None and tuple(self._own_active) != self.state.active
+        return own or (self._own_enabled is not None and self._own_enabled != self.state.enabled)
+
+    # ---- merging: always from the base layer's own bytes, so that any order is right and nothing drifts
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Merge adapters (default: the active ones) into the base layer's weight.
+
+        Raises: MergeError if `safe_merge` and the result is not finite.
+        """
+        names = self.mergeable(self.active_adapters if adapter_names is None else self.state.checked(adapter_names))
+        if safe_merge:
+            self.check_merge(names)
+        self.set_merged([*self.merged_adapters, *(n for n in names if n not in self.merged_adapters)])
+
+    def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Take adapters (default: all) out of the base layer's weight again, bit for bit."""
+        self.set_merged([n for n in self.merged_adapters if adapter_names is not None and n not in adapter_names])
+
+    def mergeable(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that this layer has and can merge."""
+        return [n for n in names if n in self.variants and self.variants[n].mergeable]
+
+    @torch.no_grad()
+    def check_merge(self, names: Sequence[str]) -> None:
+        """Compute what merging `names` too would write, and write nothing.
+
+        Raises: MergeError if it is not finite.
+        """
+        wanted = [*self.merged_adapters, *(n for n in names if n not in self.merged_adapters)]
+        for _, dense in self._merged_blocks(wanted, self._saved):
+            if not bool(
+                torch.isfinite(dense.weight).all() and (dense.bias is None or torch.isfinite(dense.bias).all())
+            ):
+                raise MergeError(
+                    f"Merging {', '.join(f'`{n}`' for n in names)} would write values that are not finite into "
+                    f"{type(self.get_base_layer()).__name__}. Nothing was changed."
+                )
+
+    @torch.no_grad()
+    def set_merged(self, names: Sequence[str]) -> None:
+        """Make the base layer's weight hold exactly these adapters. If that fails, it holds what it held before."""
+        before, names = list(self.merged_adapters), list(names)
+        if names == before:
+            return
+        if self._saved is None:
+            self.__dict__["_saved"] = self.host.save(self.shared_weight)
+        try:
+            self._write_merged(names)
+        except BaseException:
+            self._write_merged(before)
+            raise
+        finally:
+            self.unbind()
+
+    def _write_merged(self, names: list[str]) -> None:
+        saved: Saved = self._saved
+        if names:
+            for rows, dense in self._merged_blocks(names, saved):
+                self.host.write(dense, rows)
+        else:
+            self.host.restore(saved)
+            self.__dict__["_saved"] = None
+        self.__dict__["merged_adapters"] = names
+
+    def _merged_blocks(self, names: Sequence[str], saved: Saved | None) -> Iterator[tuple[slice, Dense]]:
+        """(rows, their weight and bias with `names` merged), over the whole weight."""
+        views = [(self.variants[n], View(self, n)) for n in names]
+        for rows in self._blocks(all(variant.by_rows for variant, _ in views)):
+            base = self.host.read(saved, rows)
+            dense = Dense(widened(base.weight), base.bias if base.bias is None else widened(base.bias))
+            for variant, view in views:
+                dense = variant.merge(view, dense, rows)
+            yield rows, dense
+
+    def _blocks(self, by_rows: bool) -> Iterator[slice]:
+        shape = self.host.shape
+        if not by_rows or self.host.batch:
+            yield ALL_ROWS
+            return
+        step = max(1, _BLOCK // max(1, torch.Size(shape[1:]).numel()))
+        yield from (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+    def keep_merged(self) -> nn.Module:
+        """Forget the base layer's own bytes and give back the base layer with what is merged into it."""
+        self.__dict__.update(_saved=None, merged_adapters=[])
+        return self.get_base_layer()
+
+    # ---- copies bind for themselves
+    def _link(self) -> None:
+        for number in self.tuner.numbers:
+            self.__dict__[number].on_write = self._number_written
+        self.__dict__["_host"] = None
+        self.unbind()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _DERIVED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._link()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        call = current()
+        chosen = call.of(self.state) if call is not None else None
+        names = self.active_adapters if self.enabled else []
+        replica.__dict__.update(_program=None, _host=None)
+        replica.__dict__["forward"] = partial(_replica_forward, replica, names if chosen is None else chosen.names)
+        return replica
+
+
+def _replica_forward(replica: AdapterLayer, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+    """A data-parallel replica runs in another thread: the adapters of the call were settled when it was made."""
+    return replica.program(names)(*args, **kwargs)

@@ -1,0 +1,307 @@
+"""The lifecycle of adapters, as functions over any injected model, wrapped or not.
+
+Each checks everything that can be wrong first, and then acts; one that fails half-way puts back what it changed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from torch import nn
+
+from peftlite.core.binding import activate, check_exclusive, number, plan_programs, rebind, sync
+from peftlite.core.call import Call, current, using
+from peftlite.core.layer import AdapterLayer
+from peftlite.core.slots import View
+from peftlite.core.state import AdapterState, bias_of
+from peftlite.core.tree import base_model_of, check_one_state, find_state, layer_places, layers, named_layers
+from peftlite.errors import MergeError, NoAdapterError, PeftliteWarning, StateError
+
+
+def state_of(model: nn.Module) -> AdapterState:
+    """The state of the adapters of `model`.
+
+    Raises: NoAdapterError if it has none.
+    """
+    state = find_state(model)
+    if state is None:
+        raise NoAdapterError(
+            f"{type(model).__name__} has no adapters: add one with `get_peft_model`, `add_adapter` or "
+            "`inject_adapter_in_model`. Nothing was changed."
+        )
+    check_one_state(model)
+    return state
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters in use."""
+    return list(state_of(model).active)
+
+
+# ---- which adapters are in use
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Use these adapters, and no others, from now on.
+
+    Adapters that are merged and not among them are unmerged. Which adapters may train does not change, except that
+    `inference_mode=True` takes the named ones out of training. Overrides set on single layers end.
+
+    Raises: AdapterNameError, StateError, NoAdapterError.
+    """
+    state = state_of(model)
+    names = state.checked(adapter_name)
+    check_exclusive(model, names)
+    remerge(model, lambda layer: [n for n in layer.merged_adapters if n in names])
+    if inference_mode:
+        state.trainable -= frozenset(names)
+    activate(model, state, names)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Whether these adapters may train: their parameters require gradients while they are active.
+
+    Raises: AdapterNameError, NoAdapterError.
+    """
+    state = state_of(model)
+    names = state.checked(adapter_names)
+    state.trainable = state.trainable | set(names) if requires_grad else state.trainable - set(names)
+    sync(model, state, names)
+
+
+def enable_adapters(model: nn.Module) -> None:
+    """Switch the adapters on again. What was unmerged by switching them off stays unmerged."""
+    switch(model, True)
+
+
+def disable_adapters(model: nn.Module) -> None:
+    """Switch all adapters off, for every caller, until `enable_adapters`; merged ones are unmerged first."""
+    state = state_of(model)
+    if any(bias_of(c) != "none" for n, c in state.configs.items() if n in state.active):
+        warnings.warn(
+            "Adapters with `bias` other than 'none' changed the base model's own biases, so that disabling them "
+            "does not give the base model's outputs.",
+            PeftliteWarning,
+            stacklevel=2,
+        )
+    switch(model, False)
+
+
+def switch(model: nn.Module, enabled: bool) -> None:
+    """Enable or disable the adapters of every layer."""
+    state = state_of(model)
+    if not enabled:
+        remerge(model, lambda layer: [])
+    state.enabled = enabled
+    for layer in layers(model):
+        if layer._own_enabled is not None:
+            layer.__dict__["_own_enabled"] = None
+            layer.unbind()
+    rebind(model, state)
+
+
+def use_adapter(model: nn.Module, *adapter_names: str) -> AbstractContextManager[Call]:
+    """Inside the `with` block, calls of `model` by this thread (or task) use these adapters; none: the base model.
+    base.
+
+    Nothing is written to the model. Recomputation under gradient checkpointing sees the adapters of the call it
+    repeats.
+
+    Raises: AdapterNameError, StateError if adapters are merged into the weights, NoAdapterError.
+    """
+    state = state_of(model)
+    names = state.checked(adapter_names)
+    merged = merged_adapters(model)
+    if merged:
+        raise StateError(
+            f"`{merged[0]}` is merged into the base model's weights, which every call shares: call `unmerge_adapter` "
+            "first. Nothing was changed."
+        )
+    check_exclusive(model, names)
+    return using(Call(state, names, plan_programs(model, state, names), current()))
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Run the calls inside the block on the base model, and leave everything as it was.
+
+    It is about this thread's calls only, unless adapters are merged: then they are unmerged for all, and merged again.
+    """
+    state = state_of(model)
+    if not merged_adapters(model):
+        with use_adapter(model):
+            yield
+        return
+    before = {id(layer): list(layer.merged_adapters) for layer in layers(model)}
+    enabled = state.enabled
+    switch(model, False)
+    try:
+        yield
+    finally:
+        switch(model, enabled)
+        remerge(model, lambda layer: before.get(id(layer), []))
+
+
+# ---- merging
+def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    """Merge adapters (default: the active ones) into the base weights; forward is then as fast as the base model's.
+
+    The base layers' own bytes are kept, so that `unmerge_adapter` gives every bit back. With `safe_merge` the merged
+    weights of all layers are checked to be finite before any is written.
+
+    Raises: MergeError, AdapterNameError, StateError if adapters are disabled, NoAdapterError.
+    """
+    state = state_of(model)
+    if not state.enabled:
+        raise StateError("The adapters are disabled: call `enable_adapters` before merging. Nothing was changed.")
+    names = state.active if adapter_names is None else state.checked(adapter_names)
+    merge_layers(model, names, safe_merge)
+
+
+def merge_layers(model: nn.Module, names: Sequence[str], safe_merge: bool) -> None:
+    """Merge `names` into every layer that has them, after checking that all can be."""
+    check_mergeable(model, names)
+    if safe_merge:
+        for layer in layers(model):
+            layer.check_merge(layer.mergeable(names))
+    remerge(
+        model,
+        lambda layer: [*layer.merged_adapters, *(n for n in layer.mergeable(names) if n not in layer.merged_adapters)],
+    )
+
+
+def unmerge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
+    """Take adapters (default: all) out of the base weights again, bit for bit, in any order.
+
+    Raises: AdapterNameError, NoAdapterError.
+    """
+    state = state_of(model)
+    names = None if adapter_names is None else state.checked(adapter_names)
+    remerge(model, lambda layer: [n for n in layer.merged_adapters if names is not None and n not in names])
+
+
+def remerge(model: nn.Module, wanted: Callable[[AdapterLayer], list[str]]) -> None:
+    """Make every layer hold the merged adapters that `wanted` says; all or none."""
+    done: list[tuple[AdapterLayer, list[str]]] = []
+    try:
+        for layer in layers(model):
+            before, after = layer.merged_adapters, wanted(layer)
+            if before != after:
+                layer.set_merged(after)
+                done.append((layer, before))
+    except BaseException:
+        for layer, before in reversed(done):
+            layer.set_merged(before)
+        raise
+
+
+def merged_adapters(model: nn.Module) -> list[str]:
+    """The adapters that are merged into any layer."""
+    return list(dict.fromkeys(name for layer in layers(model) for name in layer.merged_adapters))
+
+
+def check_mergeable(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse what cannot be written into the base weights, before anything is.
+
+    Raises: MergeError.
+    """
+    for path, layer in named_layers(model):
+        for name in layer.mergeable(names):
+            reason = layer.variants[name].why_not_merge(View(layer, name))
+            if reason is not None:
+                raise MergeError(f"Adapter `{name}` cannot be merged into `{path}`: {reason}. Nothing was changed.")
+
+
+# ---- leaving
+def merge_and_unload(
+    model: nn.Module, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+) -> nn.Module:
+    """Merge adapters (default: the active ones) for good and give back the base model, without adapter layers.
+
+    Modules trained whole (`modules_to_save`) take the place of the originals. No copy of the base weights is kept.
+
+    Raises: MergeError, AdapterNameError, NoAdapterError.
+    """
+    state = state_of(model)
+    names = state.active if adapter_names is None else state.checked(adapter_names)
+    check_exclusive(model, names)
+    remerge(model, lambda layer: [n for n in layer.merged_adapters if n in names])
+    merge_layers(model, names, safe_merge)
+    return take_out(model, names)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Give back the base model as it was, without adapter layers and without any adapter's effect.
+
+    Raises: NoAdapterError.
+    """
+    state_of(model)
+    remerge(model, lambda layer: [])
+    return take_out(model, ())
+
+
+def take_out(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Replace every adapter layer by its base layer, with what is merged, or by the module that stands in for it."""
+    base = base_model_of(model)
+    kept: dict[nn.Module, nn.Module] = {layer: outcome(layer, names) for layer in layers(base)}
+    for place in layer_places(base):
+        place.parent._modules[place.child] = kept[place.module]
+    return base
+
+
+def outcome(layer: AdapterLayer, names: Sequence[str]) -> nn.Module:
+    """What remains of a layer when adapters go: its base layer, or what an active adapter put in its place."""
+    for name in names:
+        if name in layer.variants and not layer.variants[name].mergeable:
+            stand_in: nn.Module = layer.variants[name].replacement(View(layer, name))
+            return stand_in
+    return layer.keep_merged()
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter from every layer; a layer left without any becomes its base layer again.
+
+    If it was the only active one, the first of the others becomes active.
+
+    Raises: AdapterNameError, NoAdapterError.
+    """
+    state = state_of(model)
+    state.checked(adapter_name)
+    remerge(model, lambda layer: [n for n in layer.merged_adapters if n != adapter_name])
+    set_requires_grad(model, adapter_name, False)
+    base = base_model_of(model)
+    for layer in layers(base):
+        if adapter_name in layer.variants:
+            layer.remove(adapter_name)
+    state.remove(adapter_name)
+    for place in layer_places(base):
+        if isinstance(place.module, AdapterLayer) and not place.module.variants:
+            place.parent._modules[place.child] = place.module.get_base_layer()
+    if not state.configs:
+        return
+    number(base)
+    if not state.active:
+        following = next(iter(state.configs))
+        warnings.warn(
+            f"Adapter `{adapter_name}` was active and is deleted; `{following}` is active now.",
+            PeftliteWarning,
+            stacklevel=2,
+        )
+        set_adapter(base, following)
+    rebind(base, state)
+
+
+def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
+    """Multiply one adapter's scaling by `factor` on every layer.
+
+    Raises: AdapterNameError, StateError if it is merged or its method has no scaling, NoAdapterError.
+    """
+    state = state_of(model)
+    state.checked(adapter_name)
+    if adapter_name in merged_adapters(model):
+        raise StateError(f"Adapter `{adapter_name}` is merged: call `unmerge_adapter` first. Nothing was changed.")
+    scaled = [layer for layer in layers(model) if adapter_name in layer.__dict__.get("scaling", ())]
+    if not scaled:
+        raise StateError(f"The method of adapter `{adapter_name}` has no scaling. Nothing was changed.")
+    for layer in scaled:
+        layer.scaling[adapter_name] = layer.scaling[adapter_name] * factor

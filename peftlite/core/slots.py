@@ -1,0 +1,214 @@
+"""Slots: where one adapter's tensors and numbers live on a layer, stored and named as PEFT names them.
+
+A layer stores slot by slot (`layer.lora_A["default"]`), so that printed trees and checkpoints stay compatible; the
+maths reads adapter by adapter, through a `View` (`a.lora_A`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ModuleSlot(nn.ModuleDict):
+    """An `nn.ModuleDict` that takes any adapter name, also those of its own methods ("train", "type")."""
+
+    def _get_name(self) -> str:
+        return "ModuleDict"
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+
+class ParameterSlot(nn.ParameterDict):
+    """An `nn.ParameterDict` that takes any adapter name, and so keeps its parameters by key alone."""
+
+    def _get_name(self) -> str:
+        return "ParameterDict"
+
+    def __getitem__(self, key: str) -> Any:
+        return self._parameters[key]
+
+    def __setitem__(self, key: str, parameter: Any) -> None:
+        self._parameters[key] = parameter
+
+    def __delitem__(self, key: str) -> None:
+        del self._parameters[key]
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(list(self._parameters))
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._parameters
+
+    def keys(self) -> KeysView[str]:
+        return self._parameters.keys()
+
+    def values(self) -> ValuesView[Any]:
+        return self._parameters.values()
+
+    def items(self) -> ItemsView[str, Any]:
+        return self._parameters.items()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._parameters.get(key, default)
+
+
+class BufferSlot(nn.Module):
+    """Frozen tensors by adapter name; their state-dict keys are `<slot>.<adapter>`."""
+
+    def _get_name(self) -> str:
+        return "BufferDict"
+
+    def __getitem__(self, key: str) -> Any:
+        return self._buffers[key]
+
+    def __setitem__(self, key: str, tensor: Tensor) -> None:
+        self._buffers[key] = tensor
+
+    def __delitem__(self, key: str) -> None:
+        del self._buffers[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def keys(self) -> KeysView[str]:
+        return self._buffers.keys()
+
+    def items(self) -> ItemsView[str, Any]:
+        return self._buffers.items()
+
+    def extra_repr(self) -> str:
+        return "\n".join(
+            f"({k}): Buffer of size {'x'.join(map(str, v.shape))}" for k, v in self._buffers.items() if v is not None
+        )
+
+
+SlotContainer = ModuleSlot | ParameterSlot | BufferSlot
+SlotValue = nn.Module | Tensor
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One named place of a tuner's tensors.
+
+    `file_name` is what a tensor's key in adapter files begins with (the slot's own name unless said otherwise, "" for
+    none); `bare` says that a module's `weight` is written without its `.weight`.
+    """
+
+    name: str
+    kind: type[ModuleSlot] | type[ParameterSlot] | type[BufferSlot] = ParameterSlot
+    trainable: bool = True
+    file_name: str | None = None
+    bare: bool = False
+
+    def suffixes(self, value: SlotValue) -> Iterator[tuple[str, str, Tensor]]:
+        """(file suffix, attribute inside the value or "", tensor) of everything that `value` holds."""
+        prefix = self.name if self.file_name is None else self.file_name
+        if isinstance(value, Tensor):
+            yield prefix, "", value
+            return
+        for attribute, tensor in value.state_dict(keep_vars=True).items():
+            yield (prefix if self.bare else f"{prefix}.{attribute}".lstrip(".")), attribute, tensor
+
+
+class Numbers(dict[str, Any]):
+    """Per-adapter numbers such as `layer.scaling`. Programs have them bound, so every write tells the layer first."""
+
+    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
+        super().__init__(values)
+        self.on_write: Callable[[str], None] | None = None
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if self.on_write is not None:
+            self.on_write(key)
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        if self.on_write is not None:
+            self.on_write(key)
+        super().__delitem__(key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Numbers, (dict(self),)
+
+
+class View:
+    """What one adapter owns on one layer: `a.lora_A` is `layer.lora_A[name]`.
+
+    A lens, made when a program is bound: modules and numbers are looked up then, parameters (which assign-loading
+    replaces) each time.
+    """
+
+    def __init__(self, layer: Any, name: str) -> None:
+        self.layer = layer
+        self.name = name
+        for slot in layer.tuner.slots:
+            if slot.kind is ModuleSlot and name in layer._modules[slot.name]:
+                setattr(self, slot.name, layer._modules[slot.name]._modules[name])
+        for number in layer.tuner.numbers:
+            setattr(self, number, layer.__dict__[number].get(name))
+
+    def __getattr__(self, slot: str) -> Any:
+        if slot.startswith("__"):
+            raise AttributeError(slot)
+        return self.layer._modules[slot][self.name]
+
+
+def build_linear(in_features: int, out_features: int, weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """An `nn.Linear` around existing tensors, without running its initialiser. weight: (out, in)."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = in_features, out_features
+    linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    linear._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def parameters_in(value: SlotValue | None) -> Iterator[nn.Parameter]:
+    """The parameters of one slot value (a module, a parameter, or nothing)."""
+    if isinstance(value, nn.Parameter):
+        yield value
+    elif isinstance(value, nn.Module):
+        yield from value.parameters()
+
+
+def replace_tensor(container: SlotContainer, name: str, attribute: str, tensor: Tensor) -> None:
+    """Put `tensor` in the place of the one that `container[name]` holds (under `attribute`, when it holds a module)."""
+    if not attribute:
+        old = container[name]
+        new: Any = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        container[name] = new
+        return
+    path, _, leaf = attribute.rpartition(".")
+    owner: nn.Module = container[name]
+    module = owner.get_submodule(path)
+    held = module._parameters.get(leaf)
+    if held is not None:
+        module._parameters[leaf] = nn.Parameter(tensor, held.requires_grad)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def is_floating(tensor: Tensor) -> bool:
+    """Whether gradients can be asked of `tensor`."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)

@@ -1,0 +1,132 @@
+"""Which adapters a model has, which are active, which may train: one `AdapterState` for all its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from peftlite.config import PeftConfig
+from peftlite.errors import AdapterNameError, ConfigError, nearest
+
+BASE = "__base__"
+
+
+class Owner(Protocol):
+    """What the state needs of a layer in order to set `requires_grad` there."""
+
+    @property
+    def active_adapters(self) -> list[str]: ...
+
+    def parameters_of(self, name: str) -> Iterator[nn.Parameter]: ...
+
+
+class AdapterState:
+    """The only home of configs, ids, active and trainable adapters; the only writer of `requires_grad`.
+
+    An adapter's parameters require gradients when its `trainable` flag is set *and* it is active; nothing else decides.
+    """
+
+    def __init__(self) -> None:
+        self.configs: dict[str, PeftConfig] = {}
+        self.ids: dict[str, int] = {}
+        self.active: tuple[str, ...] = ()
+        self.trainable: frozenset[str] = frozenset()
+        self.enabled = True
+        self.plans: dict[tuple[str, ...], tuple[Any, ...]] = {}
+        self._next_id = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plans": {}}
+
+    # ---- adapters
+    def add(self, name: str, config: PeftConfig, trainable: bool) -> None:
+        """Register an adapter; it gets an id that no other adapter of this model ever had."""
+        self.configs[name] = config
+        self.ids[name] = self._next_id
+        self._next_id += 1
+        if trainable:
+            self.trainable |= {name}
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter."""
+        del self.configs[name], self.ids[name]
+        self.active = tuple(n for n in self.active if n != name)
+        self.trainable -= {name}
+
+    def checked(self, names: str | Iterable[str]) -> tuple[str, ...]:
+        """`names` as a tuple without repeats, each the name of an adapter of this model.
+
+        Raises: AdapterNameError for a name that is unknown.
+        """
+        wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+        for name in wanted:
+            if name not in self.configs:
+                raise AdapterNameError(
+                    f"There is no adapter `{name}`; nearest: {nearest(str(name), self.configs)}. Nothing was changed."
+                )
+        return wanted
+
+    # ---- requires_grad
+    def wants_grad(self, name: str, active: Iterable[str] | None = None) -> bool:
+        """Whether the parameters of adapter `name` require gradients while `active` (default: the model's) are."""
+        return name in self.trainable and name in (self.active if active is None else active)
+
+    def sync(
+        self, layers: Iterable[Owner], names: Iterable[str], biases: Iterable[tuple[str, nn.Parameter]] = ()
+    ) -> None:
+        """Write `requires_grad` for the adapters `names` on `layers`, and for base biases owned by an adapter."""
+        names = tuple(names)
+        for layer in layers:
+            active = layer.active_adapters
+            for name in names:
+                wanted = self.wants_grad(name, active)
+                for parameter in layer.parameters_of(name):
+                    if parameter.requires_grad is not wanted:
+                        parameter.requires_grad_(wanted)
+        for owner, parameter in biases:
+            parameter.requires_grad_(self.wants_grad(owner))
+
+
+def check_adapter_name(name: str, taken: Sequence[str] | Iterable[str] = ()) -> None:
+    """Refuse names that cannot be keys of a checkpoint, or that the model already has.
+
+    Raises: AdapterNameError.
+    """
+    if not isinstance(name, str) or not name or "." in name or "/" in name or "\\" in name or name == BASE:
+        raise AdapterNameError(
+            f"An adapter cannot be called `{name}`: a name is a non-empty string without `.`, `/` and `\\`, and "
+            f"`{BASE}` stands for the base model. Nothing was changed."
+        )
+    if name in taken:
+        raise AdapterNameError(
+            f"There already is an adapter `{name}`; give the new one another name, or call `delete_adapter` first. "
+            "Nothing was changed."
+        )
+
+
+def freeze(model: nn.Module) -> None:
+    """The base model stops training: what happens once, before the first adapter is added."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def check_bias_owner(state: AdapterState, config: PeftConfig) -> None:
+    """Refuse a second adapter that would own the base model's biases.
+
+    Raises: ConfigError.
+    """
+    if bias_of(config) == "none":
+        return
+    for name, other in state.configs.items():
+        if bias_of(other) != "none":
+            raise ConfigError(
+                f"`bias={bias_of(config)!r}`: adapter `{name}` already trains the base model's biases, and only one "
+                "adapter of a model can; use `bias='none'`. Nothing was changed."
+            )
+
+
+def bias_of(config: PeftConfig) -> str:
+    """`config.bias`: which biases of the base model train along ("none" for methods that have no such field)."""
+    return str(getattr(config, "bias", "none"))

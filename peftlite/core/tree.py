@@ -1,0 +1,131 @@
+"""Walking over models: the adapter layers of an injected model, and the places of modules and parameters in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from peftlite.core.layer import AdapterLayer
+from peftlite.core.state import AdapterState
+from peftlite.errors import StateError
+
+
+class Shell(nn.Module):
+    """A module that wraps a model for the sake of its methods; the lifecycle looks through it."""
+
+    def inner(self) -> nn.Module:
+        """The module inside."""
+        raise NotImplementedError(type(self).__name__)
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The model inside all wrappers, or `model` itself."""
+    compiled = model._modules.get("_orig_mod")  # what torch.compile returns
+    if compiled is not None:
+        return base_model_of(compiled)
+    return base_model_of(model.inner()) if isinstance(model, Shell) else model
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module is: an attribute of its parent. One module may be in several places."""
+
+    path: str
+    parent: nn.Module
+    child: str
+    module: nn.Module
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """Every place below `model`, parents first; adapter layers are not entered."""
+    stack = [Place("", model, "", model)]
+    while stack:
+        place = stack.pop()
+        if place.path:
+            yield place
+            if isinstance(place.module, AdapterLayer):
+                continue
+        prefix = f"{place.path}." if place.path else ""
+        children = [
+            Place(prefix + name, place.module, name, child)
+            for name, child in place.module._modules.items()
+            if child is not None
+        ]
+        stack.extend(reversed(children))
+
+
+def layer_places(model: nn.Module) -> list[Place]:
+    """The places of adapter layers; a layer in several places comes several times."""
+    return [place for place in places(base_model_of(model)) if isinstance(place.module, AdapterLayer)]
+
+
+def layers(model: nn.Module) -> Iterator[AdapterLayer]:
+    """The adapter layers, each once; without walking into their slots, so independent of the number of adapters."""
+    seen: set[int] = set()
+    stack = [base_model_of(model)]
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, AdapterLayer):
+            yield module
+        else:
+            stack.extend(child for child in reversed(module._modules.values()) if child is not None)
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    """(path in the base model, adapter layer), each layer once, under its first path."""
+    seen: set[int] = set()
+    for place in layer_places(model):
+        if isinstance(place.module, AdapterLayer) and id(place.module) not in seen:
+            seen.add(id(place.module))
+            yield place.path, place.module
+
+
+def find_state(model: nn.Module) -> AdapterState | None:
+    """The state of the adapters of `model`, or None if it has none.
+
+    Raises: StateError if parts of the model were given adapters apart from each other.
+    """
+    first = next(layers(model), None)
+    if first is None:
+        return None
+    return first.state
+
+
+def check_one_state(model: nn.Module) -> None:
+    """Refuse to treat as one a model whose parts were given adapters apart from each other.
+
+    Raises: StateError.
+    """
+    owners = {id(layer.state): path for path, layer in reversed(list(named_layers(model)))}
+    if len(owners) > 1:
+        first, second, *_ = owners.values()
+        raise StateError(
+            f"`{first}` and `{second}` belong to models that were given adapters apart from each other: call this on "
+            "each of those. Nothing was changed."
+        )
+
+
+def base_biases(model: nn.Module, bias: str) -> Iterator[nn.Parameter]:
+    """The base model's own biases that `bias="all"` or `bias="lora_only"` trains."""
+    if bias == "none":
+        return
+    for place in places(base_model_of(model)):
+        module = place.module
+        adapted = isinstance(module, AdapterLayer)
+        if isinstance(module, AdapterLayer):
+            module = module.get_base_layer()
+        elif bias == "lora_only":
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and is_bias(name) and (adapted or bias == "all"):
+                yield parameter
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter's own name says that it is a bias."""
+    return name == "bias" or name.endswith("_bias")

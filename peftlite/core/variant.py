@@ -1,0 +1,161 @@
+"""What a method is: a variant is one adapter's mathematics, stateless; a tuner is what a method registers.
+
+The law that every variant keeps, tested for each on every host: `host.apply(x, merge(W)) + bias == forward(x)` in eval
+mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.config import PeftConfig
+from peftlite.core.hosts import ALL_ROWS, Dense, Host
+from peftlite.core.slots import Slot, View
+from peftlite.errors import ConfigError, nearest
+
+Program = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a new adapter goes: its config, the path of its layer, and the device and dtype of its tensors."""
+
+    config: Any
+    path: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Variant:
+    """One adapter's mathematics. Subclasses are stateless, so that one instance serves every layer."""
+
+    by_rows = False
+    """Whether `merge` can be asked for some rows of the weight at a time (a row depends on that row only)."""
+    mergeable = True
+    """Whether `merge` exists; an adapter that replaces its module is taken over by `unload` instead."""
+    exclusive = False
+    """Whether at most one active adapter of a layer may be of this kind."""
+
+    def check(self, host: Host, config: Any, path: str) -> str | None:
+        """Why this variant cannot adapt `host`, or None if it can. Called in the plan, before anything is touched."""
+        return None
+
+    def init(self, host: Host, at: Placement) -> dict[str, Any]:
+        """Slot or number name -> first value. The fresh adapter is the identity unless its config says otherwise."""
+        raise NotImplementedError(type(self).__name__)
+
+    def size(self, host: Host, config: Any, path: str) -> tuple[int | None, int]:
+        """(rank or None, number of trainable parameters) of an adapter of this kind, without making one."""
+        raise NotImplementedError(type(self).__name__)
+
+    def forward(self, a: View, call: Program, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Middleware around `call`: may edit the input, the output, or replace the call."""
+        raise NotImplementedError(type(self).__name__)
+
+    def merge(self, a: View, dense: Dense, rows: slice = ALL_ROWS) -> Dense:
+        """The adapted weight and bias; pure and differentiable. `dense` holds the rows asked for."""
+        raise NotImplementedError(type(self).__name__)
+
+    def why_not_merge(self, a: View) -> str | None:
+        """Why this adapter's effect cannot be written into its base layer, or None if it can."""
+        return None
+
+    def replacement(self, a: View) -> nn.Module:
+        """The module that stays in the base layer's place when adapters go, of a variant that is not mergeable."""
+        raise NotImplementedError(type(self).__name__)
+
+    def bind(self, a: View, slow: Program) -> Program | None:
+        """A callable equal to `slow` (this adapter around the base layer), only faster; or None."""
+        return None
+
+
+class Additive(Variant):
+    """W' = W + delta(a): one formula gives forward and merge; `delta_forward` is for when delta is wasteful."""
+
+    def delta(self, a: View, rows: slice = ALL_ROWS) -> Tensor:
+        """The update of the canonical weight, in the adapter's dtype."""
+        raise NotImplementedError(type(self).__name__)
+
+    def delta_forward(self, a: View, x: Tensor) -> Tensor:
+        """What the update adds to the output for input `x`."""
+        delta = self.delta(a)
+        return a.layer.host.apply(x.to(delta.dtype) if x.is_floating_point() else x, delta)  # type: ignore[no-any-return]
+
+    def delta_bias(self, a: View) -> Tensor | None:
+        """What the adapter adds to the bias `(out,)`, if anything."""
+        return None
+
+    def forward(self, a: View, call: Program, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = call(x, *args, **kwargs)
+        return (y + self.delta_forward(a, x)).to(y.dtype)
+
+    def merge(self, a: View, dense: Dense, rows: slice = ALL_ROWS) -> Dense:
+        delta = self.delta(a, rows)
+        bias, more = dense.bias, self.delta_bias(a)
+        if more is not None and bias is not None:
+            bias = bias + a.layer.host.take_bias(more, rows)
+        return Dense(dense.weight + delta, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class TunerSpec:
+    """What one method registers: slots, printed label, and which variant a given config asks for."""
+
+    peft_type: str
+    slots: tuple[Slot, ...]
+    variant_for: Callable[[Any], Variant]
+    label: Callable[[Host], str]
+    numbers: tuple[str, ...] = ()
+    base_slot: str = "base_layer"
+    resolve: Callable[[Any, Sequence[tuple[str, Host]]], None] | None = None
+    """Completes the model's own copy of a config from the layers that it turned out to adapt."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuner_for, (self.peft_type,)
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A tuner that comes along with others: a field of any config names its modules (`modules_to_save`)."""
+
+    tuner: TunerSpec
+    field: str
+    targets: Callable[[Any], Sequence[str]]
+    optional: Callable[[Any], Sequence[str]]
+    """Names that are taken where they exist and are no error where they do not, such as the head of a task."""
+
+
+TUNERS: dict[str, TunerSpec] = {}
+COMPANIONS: list[Companion] = []
+
+
+def register(tuner: TunerSpec) -> TunerSpec:
+    """Make a tuner known by its `peft_type`."""
+    TUNERS[tuner.peft_type] = tuner
+    return tuner
+
+
+def register_companion(companion: Companion) -> Companion:
+    """Make a companion tuner known."""
+    TUNERS[companion.tuner.peft_type] = companion.tuner
+    COMPANIONS.append(companion)
+    return companion
+
+
+def tuner_for(config: PeftConfig | str) -> TunerSpec:
+    """The tuner of a config, or of a `peft_type`.
+
+    Raises: ConfigError for a method that no tuner implements.
+    """
+    kind = config if isinstance(config, str) else config.peft_type
+    key = getattr(kind, "value", kind)
+    if key not in TUNERS:
+        raise ConfigError(
+            f"`peft_type={key!r}` has no tuner; nearest: {nearest(str(key), TUNERS)}. Nothing was changed."
+        )
+    return TUNERS[key]

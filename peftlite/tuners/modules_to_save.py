@@ -1,0 +1,73 @@
+"""Modules trained whole: a full copy per adapter, in the original's place while that adapter is active."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftlite.config import TaskType
+from peftlite.core.hosts import Host
+from peftlite.core.slots import ModuleSlot, Slot, View
+from peftlite.core.variant import Companion, Placement, Program, TunerSpec, Variant, register_companion
+
+TASK_HEADS: dict[str, tuple[str, ...]] = {
+    TaskType.SEQ_CLS.value: ("classifier", "score"),
+    TaskType.TOKEN_CLS.value: ("classifier", "score"),
+    TaskType.QUESTION_ANS.value: ("qa_outputs",),
+}
+"""Freshly initialised heads, which a task cannot do without training."""
+
+
+class ModulesToSave(Variant):
+    """The module's own full copy in its place. The copy keeps the base module's dtype."""
+
+    mergeable = False
+    exclusive = True
+
+    def init(self, host: Host, at: Placement) -> dict[str, Any]:
+        module = copy.deepcopy(host.layer)
+        return {"modules_to_save": module.to("meta") if at.device.type == "meta" else module}
+
+    def size(self, host: Host, config: Any, path: str) -> tuple[int | None, int]:
+        return None, sum(p.numel() for p in host.layer.parameters())
+
+    def forward(self, a: View, call: Program, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return a.modules_to_save(x, *args, **kwargs)
+
+    def bind(self, a: View, slow: Program) -> Program | None:
+        return self.replacement(a)
+
+    def replacement(self, a: View) -> nn.Module:
+        module: nn.Module = a.modules_to_save
+        return module
+
+
+def saved_with(config: Any) -> tuple[str, ...]:
+    """The modules that a config asks to be trained whole."""
+    return tuple(getattr(config, "modules_to_save", None) or ())
+
+
+def task_heads(config: Any) -> tuple[str, ...]:
+    """The heads that come along with a config's task, where the model has them."""
+    task = getattr(config, "task_type", None)
+    return TASK_HEADS.get(getattr(task, "value", task) or "", ())
+
+
+_VARIANT = ModulesToSave()
+
+MODULES_TO_SAVE = register_companion(
+    Companion(
+        tuner=TunerSpec(
+            peft_type="MODULES_TO_SAVE",
+            slots=(Slot("modules_to_save", ModuleSlot, file_name=""),),
+            variant_for=lambda config: _VARIANT,
+            label=lambda host: "ModulesToSaveWrapper",
+            base_slot="original_module",
+        ),
+        field="modules_to_save",
+        targets=saved_with,
+        optional=task_heads,
+    )
+)
