@@ -34,7 +34,7 @@ bench: $(VENV)/.ready-bench
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(VENV)/.ready-docs
-	@$(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs/mkdocs.yml
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs site
 	@echo "site/index.html"
 
 # One stamp for each extra. The build backend is installed into .venv as well, so that an environment that has everything
