@@ -294,14 +294,20 @@ def config_class(peft_type: PeftType | str | None) -> type[PeftConfig]:
     """
     if peft_type is None:
         raise ConfigError("`peft_type` is missing: which kind of adapter is this? Nothing was changed.")
-    kind = PeftType(check_choice("peft_type", peft_type, [t.value for t in PeftType]))
+    name = peft_type.value if isinstance(peft_type, Enum) else peft_type
+    kind = next((kind for kind in PeftType if kind.value == name), None)
     if kind not in _classes and "load" in _hooks:
         _hooks["load"]()
+    have = ", ".join(f"`{known.value}`" for known in _classes)
+    if kind is None:
+        near = nearest(str(peft_type), [known.value for known in PeftType])
+        text = f"`peft_type` is {show(peft_type)}; nearest: {near}. This version has {have}. Nothing was changed."
+        raise ConfigError(text)
     if kind not in _classes:
-        have = ", ".join(f"`{t.value}`" for t in _classes)
-        raise UnsupportedFeatureError(
+        text = (
             f"`peft_type` is `{kind.value}`, which this version does not have yet; it has {have}. Nothing was changed."
         )
+        raise UnsupportedFeatureError(text)
     return _classes[kind]
 
 
