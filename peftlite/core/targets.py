@@ -14,10 +14,13 @@ a whole (`modules_to_save`), and which entries of the config matched nothing. Th
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from peftlite.config import PeftConfig
@@ -29,11 +32,18 @@ UnmatchedPolicy = Literal["error", "warn", "ignore"]
 
 @dataclass(frozen=True)
 class Unmatched:
-    """An entry of a config field that matched nothing, and what it may have meant (in backticks)."""
+    """An entry of a config field that matched nothing, and the paths (or layer indices) that it was held against."""
 
     field: str
     entry: str | int
-    nearest: str
+    paths: Sequence[str] = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def nearest(self) -> str:
+        """What the entry may have meant, in backticks."""
+        if isinstance(self.entry, int):
+            return ", ".join(f"`{index}`" for index in self.paths) or "none"
+        return nearest(self.entry, _ends_like(self.entry, self.paths))
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ def select(paths: Iterable[str], spec: TargetSpec, *, linear: Collection[str] = 
             "`target_modules` is None and there is no default for this model; "
             f"name modules, for example `{ALL_LINEAR}`. Nothing was changed."
         )
-    pool = [path for path in paths if path]
+    pool = tuple(path for path in paths if path)
     saved = tuple(_outermost(path for path in pool if path.endswith(spec.modules_to_save)))
     is_target = _target_test(spec.target_modules, linear)
     is_excluded = _target_test(spec.exclude_modules)
@@ -104,11 +114,7 @@ def select(paths: Iterable[str], spec: TargetSpec, *, linear: Collection[str] = 
 def match_pattern(patterns: Iterable[str], path: str) -> str | None:
     """The first pattern that matches the path, or its end after a dot, completely; "^" is where the path begins."""
     starts = _starts(path)
-    for pattern in patterns:
-        whole = re.compile(pattern)
-        if any(whole.fullmatch(path, start) for start in starts):
-            return pattern
-    return None
+    return next((pattern for pattern in patterns if _matches_end(pattern, path, starts)), None)
 
 
 def layer_index(path: str, patterns: Sequence[str] = ()) -> int | None:
@@ -125,8 +131,10 @@ def layer_index(path: str, patterns: Sequence[str] = ()) -> int | None:
 
 
 def report(unmatched: Iterable[Unmatched], model: str = "the model") -> str:
-    """One line for each entry that matched nothing."""
-    return "\n".join(_line(item, model) for item in unmatched)
+    """One line for each entry that matched nothing, for the first ten."""
+    items = list(unmatched)
+    more = [f"... and {len(items) - 10} more entries that match nothing."] if len(items) > 10 else []
+    return "\n".join([_line(item, model) for item in items[:10]] + more)
 
 
 def complain(
@@ -172,6 +180,22 @@ def _ends(path: str) -> Iterator[str]:
     return (path[start:] for start in _starts(path))
 
 
+@lru_cache(maxsize=1 << 16)  # a config can have a pattern for each of thousands of modules: more than `re` remembers
+def _compiled(pattern: str) -> re.Pattern[str] | None:
+    """The pattern, or None if it consists of names and dots only."""
+    return None if re.fullmatch(r"[\w.]*", pattern) else re.compile(pattern)
+
+
+def _matches_end(pattern: str, path: str, starts: list[int]) -> bool:
+    if (whole := _compiled(pattern)) is not None:
+        return any(whole.fullmatch(path, start) for start in starts)
+    # only an end of the same length can match, and in it "." stands for any character
+    start = len(path) - len(pattern)
+    if start not in starts:
+        return False
+    return path.endswith(pattern) or all(p in (".", c) for p, c in zip(pattern, path[start:], strict=True))
+
+
 def _target_test(names: tuple[str, ...] | str, linear: Collection[str] = ()) -> Callable[[str], bool]:
     if is_all_linear(names):
         return frozenset(linear).__contains__
@@ -210,50 +234,55 @@ def _is_in_layers(path: str, spec: TargetSpec) -> bool:
 
 
 def _unmatched(
-    pool: list[str], candidates: list[str], targets: tuple[str, ...], spec: TargetSpec, linear: Collection[str]
+    pool: Sequence[str], candidates: list[str], targets: tuple[str, ...], spec: TargetSpec, linear: Collection[str]
 ) -> Iterator[Unmatched]:
     """Names are sought among all modules; layers and patterns among those that the targets leave over."""
     yield from _unmatched_names("target_modules", spec.target_modules or (), pool, linear)
     yield from _unmatched_names("exclude_modules", spec.exclude_modules, pool)
     for entry in spec.modules_to_save:
         if not any(path.endswith(entry) for path in pool):
-            yield Unmatched("modules_to_save", entry, _near(entry, pool))
+            yield Unmatched("modules_to_save", entry, pool)
     yield from _unmatched_layers(pool, candidates, spec)
     for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for pattern in patterns:
             if not any(match_pattern([pattern], path) for path in targets):
-                yield Unmatched(field, pattern, _near(pattern, targets))
+                yield Unmatched(field, pattern, targets)
 
 
-def _unmatched_layers(pool: list[str], candidates: list[str], spec: TargetSpec) -> Iterator[Unmatched]:
+def _unmatched_layers(pool: Sequence[str], candidates: list[str], spec: TargetSpec) -> Iterator[Unmatched]:
     if not spec.layers_to_transform:
         return
     indices = sorted({i for i in (layer_index(path, spec.layers_pattern) for path in candidates) if i is not None})
-    near = ", ".join(f"`{i}`" for i in indices) or "none"
-    yield from (Unmatched("layers_to_transform", i, near) for i in spec.layers_to_transform if i not in indices)
+    found = [str(index) for index in indices]
+    yield from (Unmatched("layers_to_transform", i, found) for i in spec.layers_to_transform if i not in indices)
     for pattern in spec.layers_pattern:
         if not any(layer_index(path, [pattern]) is not None for path in pool):
             containers = [path.rpartition(".")[0] for path in pool if path.rpartition(".")[2].isdigit()]
-            yield Unmatched("layers_pattern", pattern, _near(pattern, containers))
+            yield Unmatched("layers_pattern", pattern, containers)
 
 
 def _unmatched_names(
-    field: str, names: tuple[str, ...] | str, pool: list[str], linear: Collection[str] = ()
+    field: str, names: tuple[str, ...] | str, pool: Sequence[str], linear: Collection[str] = ()
 ) -> Iterator[Unmatched]:
     if isinstance(names, str):
         test = _target_test(names, linear)
         if not any(test(path) for path in pool):
-            yield Unmatched(field, names, _near(names, pool))
+            yield Unmatched(field, names, pool)
         return
     known = {end for path in pool for end in _ends(path)}
-    yield from (Unmatched(field, name, _near(name, pool)) for name in names if name not in known)
+    yield from (Unmatched(field, name, pool) for name in names if name not in known)
 
 
-def _near(entry: str, paths: Iterable[str]) -> str:
-    """The nearest ends of paths, with as many names as the entry has."""
+def _ends_like(entry: str, paths: Iterable[str], most: int = 1000) -> list[str]:
+    """The ends of paths with as many names as the entry has; of very many those whose last name is like the entry's."""
     depth = entry.count(".") + 1
-    ends = (".".join(path.split(".")[-depth:]) for path in paths)
-    return nearest(entry, dict.fromkeys(end for end in ends if not end.isdigit()))
+    ends = dict.fromkeys(".".join(path.split(".")[-depth:]) for path in paths)
+    found = [end for end in ends if not end.isdigit()]
+    if len(found) <= most:
+        return found
+    lasts = {end.rpartition(".")[2] for end in found}
+    alike = difflib.get_close_matches(entry.rpartition(".")[2], sorted(lasts))
+    return [end for end in found if end.rpartition(".")[2] in alike][:most]
 
 
 def _line(item: Unmatched, model: str) -> str:
