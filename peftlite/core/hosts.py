@@ -37,6 +37,16 @@ class Saved:
     shared: bool = False
 
 
+def mark_borrowed(parameter: nn.Parameter) -> None:
+    """Note that `parameter` lies on another model's storage, so that nothing may be written into it."""
+    parameter._peftlite_borrowed = True  # type: ignore[attr-defined]
+
+
+def is_borrowed(parameter: Tensor) -> bool:
+    """Whether `parameter` lies on another model's storage. Copies do not, and so have no such mark."""
+    return getattr(parameter, "_peftlite_borrowed", False)
+
+
 def widened(tensor: Tensor) -> Tensor:
     """In the precision that sums are made in: fp32 for what is stored in less."""
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
@@ -46,7 +56,7 @@ class Host:
     """One base layer whose parameters are dense tensors; the base class of all hosts."""
 
     label: ClassVar[str] = "Linear"
-    """The second half of the printed name: `lora.Linear`."""
+    """What this kind of layer is called."""
     weight_only: ClassVar[bool] = False
     """The module reads its weight itself, so that adapters must edit the weight and not the call."""
     transposed: ClassVar[bool] = False
@@ -59,6 +69,11 @@ class Host:
         self.param = param
 
     # ---- known without touching bytes
+    @property
+    def name(self) -> str:
+        """The printed name's second half: `lora.Linear`."""
+        return self.label
+
     @property
     def parameter(self) -> Any:
         """The parameter that adapters are about."""
@@ -174,6 +189,27 @@ class EmbeddingHost(Host):
         )
 
 
+class ConvHost(Host):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: weight (out, in / groups, *kernel)."""
+
+    label = "Conv"
+
+    @property
+    def name(self) -> str:
+        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        return next(kind.__name__ for kind in kinds if isinstance(self.layer, kind))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        conv: Any = self.layer
+        return (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        conv: Any = self.layer
+        y: Tensor = conv._conv_forward(x, weight, None)  # pads as the layer does, whatever its padding mode
+        return y
+
+
 class ModuleHost(Host):
     """Any module at all, for methods that replace the whole module rather than adapt its weight."""
 
@@ -189,7 +225,13 @@ class ModuleHost(Host):
 
 
 H = TypeVar("H", bound=type[Host])
-_BY_TYPE: dict[type[nn.Module], type[Host]] = {nn.Linear: LinearHost, nn.Embedding: EmbeddingHost}
+_BY_TYPE: dict[type[nn.Module], type[Host]] = {
+    nn.Linear: LinearHost,
+    nn.Embedding: EmbeddingHost,
+    nn.Conv1d: ConvHost,
+    nn.Conv2d: ConvHost,
+    nn.Conv3d: ConvHost,
+}
 _BY_PREDICATE: list[tuple[Callable[[nn.Module], bool], type[Host]]] = []
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftlite.config import PeftConfig
 from peftlite.core.binding import activate, number, rebind, sync
-from peftlite.core.hosts import Host, LinearHost, ModuleHost, host_for, known_kinds
+from peftlite.core.hosts import Host, LinearHost, ModuleHost, host_for, is_borrowed, known_kinds
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import InjectionPlan, Site
 from peftlite.core.state import AdapterState, check_adapter_name, check_bias_owner, freeze
@@ -105,8 +105,8 @@ class Found:
         return found
 
     def shares_weight(self, host: Host) -> bool:
-        """Whether the host's parameter is another module's too."""
-        return len(self.uses.get(id(host.parameter), ())) > 1
+        """Whether the host's parameter is another module's too, or lies on another model's storage."""
+        return len(self.uses.get(id(host.parameter), ())) > 1 or is_borrowed(host.parameter)
 
 
 def choose(base: nn.Module, config: PeftConfig, found: Found, facts: ModelFacts) -> Selection:

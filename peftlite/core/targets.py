@@ -113,8 +113,10 @@ def select(paths: Iterable[str], spec: TargetSpec, *, linear: Collection[str] = 
 
 def match_pattern(patterns: Iterable[str], path: str) -> str | None:
     """The first pattern that matches the path, or its end after a dot, completely; "^" is where the path begins."""
-    starts = _starts(path)
-    return next((pattern for pattern in patterns if _matches_end(pattern, path, starts)), None)
+    names = tuple(patterns)
+    index = _index(names)
+    found = [*index.plain_matches(path), *index.regular_matches(path)]
+    return names[min(found)] if found else None
 
 
 def layer_index(path: str, patterns: Sequence[str] = ()) -> int | None:
@@ -180,20 +182,42 @@ def _ends(path: str) -> Iterator[str]:
     return (path[start:] for start in _starts(path))
 
 
-@lru_cache(maxsize=1 << 16)  # a config can have a pattern for each of thousands of modules: more than `re` remembers
-def _compiled(pattern: str) -> re.Pattern[str] | None:
-    """The pattern, or None if it consists of names and dots only."""
-    return None if re.fullmatch(r"[\w.]*", pattern) else re.compile(pattern)
+@dataclass(frozen=True)
+class _Index:
+    """Positions of patterns in their config, found without trying each: a config can have one for every module.
+
+    Patterns of word characters and dots are kept by the lengths of their names: `a.bcd` is {(1, 3): {("a", "bcd"): 0}}.
+    """
+
+    plain: dict[tuple[int, ...], dict[tuple[str, ...], int]]
+    regular: list[tuple[int, re.Pattern[str]]]
+
+    def plain_matches(self, path: str) -> Iterator[int]:
+        for lengths, known in self.plain.items():
+            start = len(path) - sum(lengths) - len(lengths) + 1
+            if start == 0 or (start > 0 and path[start - 1] == "."):
+                names = []
+                for length in lengths:  # whatever stands between two names, a dot of the pattern matches it
+                    names.append(path[start : start + length])
+                    start += length + 1
+                if (position := known.get(tuple(names))) is not None:
+                    yield position
+
+    def regular_matches(self, path: str) -> Iterator[int]:
+        starts = _starts(path)
+        return (at for at, whole in self.regular if any(whole.fullmatch(path, start) for start in starts))
 
 
-def _matches_end(pattern: str, path: str, starts: list[int]) -> bool:
-    if (whole := _compiled(pattern)) is not None:
-        return any(whole.fullmatch(path, start) for start in starts)
-    # only an end of the same length can match, and in it "." stands for any character
-    start = len(path) - len(pattern)
-    if start not in starts:
-        return False
-    return path.endswith(pattern) or all(p in (".", c) for p, c in zip(pattern, path[start:], strict=True))
+@lru_cache(maxsize=64)
+def _index(patterns: tuple[str, ...]) -> _Index:
+    index = _Index({}, [])
+    for position, pattern in enumerate(patterns):
+        if re.fullmatch(r"[\w.]*", pattern):
+            names = tuple(pattern.split("."))
+            index.plain.setdefault(tuple(map(len, names)), {}).setdefault(names, position)
+        else:
+            index.regular.append((position, re.compile(pattern)))
+    return index
 
 
 def _target_test(names: tuple[str, ...] | str, linear: Collection[str] = ()) -> Callable[[str], bool]:
@@ -244,9 +268,9 @@ def _unmatched(
             yield Unmatched("modules_to_save", entry, pool)
     yield from _unmatched_layers(pool, candidates, spec)
     for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
-        for pattern in patterns:
-            if not any(match_pattern([pattern], path) for path in targets):
-                yield Unmatched(field, pattern, targets)
+        index = _index(patterns)
+        used = {at for path in targets for at in (*index.plain_matches(path), *index.regular_matches(path))}
+        yield from (Unmatched(field, pattern, targets) for at, pattern in enumerate(patterns) if at not in used)
 
 
 def _unmatched_layers(pool: Sequence[str], candidates: list[str], spec: TargetSpec) -> Iterator[Unmatched]:

@@ -1,0 +1,212 @@
+"""LoRA's two factors on each kind of layer: one function per question, dispatched on the host."""
+
+from __future__ import annotations
+
+import math
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from peftlite.core.hosts import ALL_ROWS, ConvHost, EmbeddingHost, Host, LinearHost, widened
+from peftlite.core.slots import View, build_linear
+from peftlite.core.variant import Placement
+from peftlite.tuners.lora.config import LoraConfig
+
+
+@singledispatch
+def cannot_adapt(host: Host, config: LoraConfig, path: str) -> str | None:
+    """Why LoRA cannot adapt a kind of layer, or None."""
+    return f"LoRA has no form for {host.label}"
+
+
+@singledispatch
+def factors(host: Host, r: int, at: Placement) -> dict[str, Any]:
+    """Fresh factors by slot name."""
+    raise NotImplementedError(host.label)
+
+
+@singledispatch
+def outer(host: Host, a: View, rows: slice) -> Tensor:
+    """B A in the canonical layout, without scaling, for some rows of it."""
+    raise NotImplementedError(host.label)
+
+
+@singledispatch
+def low_rank(host: Host, a: View, x: Tensor) -> Tensor:
+    """B A applied to x, without scaling."""
+    raise NotImplementedError(host.label)
+
+
+@singledispatch
+def bias_of_B(host: Host, a: View) -> Tensor | None:  # noqa: N802 - the factor's name
+    """The bias of the second factor, where it has one."""
+    return None
+
+
+@singledispatch
+def not_expressible(host: Host) -> str | None:
+    """Why B A has no place in this layer's weight, or None."""
+    return None
+
+
+@singledispatch
+def entries(host: Host, r: int) -> int:
+    """How many numbers the factors hold."""
+    return r * (host.shape[0] + host.shape[1])
+
+
+@cannot_adapt.register
+def _(host: LinearHost, config: LoraConfig, path: str) -> str | None:
+    return None
+
+
+@factors.register
+def _(host: LinearHost, r: int, at: Placement) -> dict[str, Any]:
+    out, into = host.shape
+    config: LoraConfig = at.config
+    A = uniform((r, into), into, at)
+    B = uniform((out, r), r, at) if config.init_lora_weights is False else zeros((out, r), at)
+    if config.init_lora_weights == "gaussian":
+        A.normal_(std=1 / r)
+    bias = None
+    if config.lora_bias:
+        bias = uniform((out,), r, at) if config.init_lora_weights is False else zeros((out,), at)
+    return {"lora_A": build_linear(into, r, A), "lora_B": build_linear(r, out, B, bias)}
+
+
+@outer.register
+def _(host: LinearHost, a: View, rows: slice) -> Tensor:
+    A: Tensor = a.lora_A.weight
+    B: Tensor = a.lora_B.weight
+    return widened(B if rows == ALL_ROWS else B[rows]) @ widened(A)  # (out, r) @ (r, in) -> (out, in)
+
+
+@low_rank.register
+def _(host: LinearHost, a: View, x: Tensor) -> Tensor:
+    return through_modules(a, x)
+
+
+@bias_of_B.register
+def _(host: LinearHost, a: View) -> Tensor | None:
+    bias: Tensor | None = a.lora_B.bias
+    return bias
+
+
+@cannot_adapt.register
+def _(host: EmbeddingHost, config: LoraConfig, path: str) -> str | None:
+    return "`lora_bias` has no meaning for an embedding" if config.lora_bias else None
+
+
+@factors.register
+def _(host: EmbeddingHost, r: int, at: Placement) -> dict[str, Any]:
+    dim, num = host.shape
+    random_A = at.config.init_lora_weights is False
+    A = torch.empty((r, num), dtype=at.dtype, device=at.device).normal_() if random_A else zeros((r, num), at)
+    B = torch.empty((dim, r), dtype=at.dtype, device=at.device).normal_()
+    return {"lora_embedding_A": nn.Parameter(A, False), "lora_embedding_B": nn.Parameter(B, False)}
+
+
+@outer.register
+def _(host: EmbeddingHost, a: View, rows: slice) -> Tensor:
+    A: Tensor = a.lora_embedding_A
+    B: Tensor = a.lora_embedding_B
+    return widened(B if rows == ALL_ROWS else B[rows]) @ widened(A)  # (dim, r) @ (r, num) -> (dim, num)
+
+
+@low_rank.register
+def _(host: EmbeddingHost, a: View, x: Tensor) -> Tensor:
+    B: Tensor = a.lora_embedding_B
+    return host.apply(x, a.lora_embedding_A) @ B.T
+
+
+@cannot_adapt.register
+def _(host: ConvHost, config: LoraConfig, path: str) -> str | None:
+    groups, r = groups_of(host), config.rank_for(path)
+    if r % groups:
+        return f"its {groups} groups do not divide the rank {r}; nearest: {max(groups, r // groups * groups)}"
+    return None
+
+
+@factors.register
+def _(host: ConvHost, r: int, at: Placement) -> dict[str, Any]:
+    conv: Any = host.layer
+    config: LoraConfig = at.config
+    like = {"device": at.device, "dtype": at.dtype}
+    geometry = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+    make: Any = skip_init  # untyped in torch
+    A = make(type_of(host), conv.in_channels, r, conv.kernel_size, bias=False, **geometry, **like)
+    B = make(type_of(host), r, conv.out_channels, 1, groups=conv.groups, bias=config.lora_bias, **like)
+    fan_in = conv.in_channels * math.prod(conv.kernel_size)
+    start = config.init_lora_weights
+    with torch.no_grad():
+        A.weight.copy_(uniform(tuple(A.weight.shape), fan_in, at))
+        if start == "gaussian":
+            A.weight.normal_(std=1 / r)
+        for part in (B.weight, B.bias):
+            if part is not None:
+                part.copy_(uniform(tuple(part.shape), r // conv.groups, at)) if start is False else part.zero_()
+    return {"lora_A": A, "lora_B": B}
+
+
+@outer.register
+def _(host: ConvHost, a: View, rows: slice) -> Tensor:
+    A: Tensor = a.lora_A.weight
+    B: Tensor = a.lora_B.weight
+    product = widened(B if rows == ALL_ROWS else B[rows]).flatten(1) @ widened(A).flatten(1)
+    return product.view(-1, *A.shape[1:])  # (out, r) @ (r, in * kernel) -> (out, in, *kernel)
+
+
+@low_rank.register
+def _(host: ConvHost, a: View, x: Tensor) -> Tensor:
+    return through_modules(a, x)
+
+
+@bias_of_B.register
+def _(host: ConvHost, a: View) -> Tensor | None:
+    bias: Tensor | None = a.lora_B.bias
+    return bias
+
+
+@entries.register
+def _(host: ConvHost, r: int) -> int:
+    out, into, *kernel = host.shape
+    return r * (into * groups_of(host) * math.prod(kernel)) + out * (r // groups_of(host))
+
+
+@not_expressible.register
+def _(host: ConvHost) -> str | None:
+    if groups_of(host) > 1:
+        return "every group of its output depends on all inputs, which a convolution in groups cannot express"
+    return None
+
+
+def groups_of(host: Host) -> int:
+    """The groups of a convolution."""
+    conv: Any = host.layer
+    return int(conv.groups)
+
+
+def type_of(host: Host) -> type[nn.Module]:
+    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`."""
+    kind: type[nn.Module] = getattr(nn, host.name)
+    return kind
+
+
+def uniform(shape: tuple[int, ...], fan_in: int, at: Placement) -> Tensor:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initialisation of `nn.Linear`."""
+    bound = 1 / math.sqrt(fan_in)
+    return torch.empty(shape, dtype=at.dtype, device=at.device).uniform_(-bound, bound)
+
+
+def zeros(shape: tuple[int, ...], at: Placement) -> Tensor:
+    """Zeros where the adapter goes."""
+    return torch.zeros(shape, dtype=at.dtype, device=at.device)
+
+
+def through_modules(a: View, x: Tensor) -> Tensor:
+    """B(A(dropout(x))) by calling the modules, so that whatever was hooked onto them runs."""
+    y: Tensor = a.lora_B(a.lora_A(a.lora_dropout(x.to(a.lora_A.weight.dtype))))
+    return y
