@@ -2,10 +2,11 @@
 #   make demo    fine-tune a small model, show what it learned, save and reload the adapter (no network needed but for installing)
 #   make test    the tests          make check   ruff, mypy, layering
 #   make bench   the benchmarks     make docs    the documentation, into site/
-# Settings: PYTHON=python3.12 (used to create .venv), ARGS='...' (passed on to the demo, pytest or the benchmarks).
+# Settings: PYTHON=python3.12 (creates .venv), ARGS='...' (for the demo, pytest or the benchmarks), JOBS=2 (processes for tests).
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
@@ -22,7 +23,7 @@ demo: $(VENV)/.ready-examples
 	@$(BIN)/python examples/finetune.py $(ARGS)
 
 test: $(VENV)/.ready-test
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 check: $(VENV)/.ready-test
 	@$(BIN)/ruff check .
