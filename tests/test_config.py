@@ -370,11 +370,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         fail()
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+    link = tmp_path / "link"  # as in a hub cache, where names share a file
+    link.hardlink_to(target)
     with atomic_path(target) as path:
         path.write_text("new")
     plain = tmp_path / "plain"
     plain.touch()
     assert target.read_text() == "new"
+    assert link.read_text() == "old"
     assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
