@@ -6,7 +6,7 @@ can be answered so (shape, device, dtype): packed, meta, offloaded and sharded w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -63,6 +63,9 @@ class Host:
     """A linear layer that stores its weight (in, out)."""
     batch: int = 0
     """How many leading dimensions of the canonical weight are experts."""
+
+    inner: ClassVar[tuple[str, ...]] = ()
+    """Children whose weight the module reads without calling them; they are adapted along with it."""
 
     def __init__(self, layer: nn.Module, param: str = "weight") -> None:
         self.layer = layer
@@ -150,6 +153,10 @@ class Host:
             self.bias.data.copy_(saved.bias)
 
     # ---- use
+    def attribute(self, name: str, live: bool) -> Any:
+        """What an adapter layer shows as its base layer's attribute; `live`: while adapters are in use."""
+        return getattr(self.layer, name)
+
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's map with another canonical weight, without bias."""
         raise NotImplementedError(type(self).__name__)
@@ -210,6 +217,51 @@ class ConvHost(Host):
         return y
 
 
+class ParamHost(Host):
+    """One parameter that its module reads by itself: a matrix, or fused experts (experts, out, in)."""
+
+    label = "ParamWrapper"
+    weight_only = True
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return None
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return self.parameter.dim() - 2  # type: ignore[no-any-return]
+
+    def canonical(self, raw: Tensor) -> Tensor:
+        return raw.transpose(-1, -2) if raw.dim() == 3 and getattr(self.layer, "is_transposed", False) else raw
+
+    def edits(self, dense: Dense) -> dict[str, Tensor]:
+        """The module's tensors by name, as they are with this canonical weight and bias."""
+        return {self.param: self.canonical(dense.weight).to(self.parameter.dtype)}
+
+
+class AttentionHost(ParamHost):
+    """`nn.MultiheadAttention`: in_proj_weight (3 dim, dim) for q, k and v at once, and `out_proj` along with it."""
+
+    label = "MultiheadAttention"
+    inner = ("out_proj",)
+
+    def __init__(self, layer: nn.Module, param: str = "in_proj_weight") -> None:
+        super().__init__(layer, "in_proj_weight")
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        bias: nn.Parameter | None = self.layer._parameters["in_proj_bias"]
+        return bias
+
+    def edits(self, dense: Dense) -> dict[str, Tensor]:
+        bias = {} if dense.bias is None or self.bias is None else {"in_proj_bias": dense.bias.to(self.bias.dtype)}
+        return super().edits(dense) | bias
+
+    def attribute(self, name: str, live: bool) -> Any:
+        # False keeps nn.TransformerEncoderLayer off its fused path, which reads the weights itself and sees no adapter
+        return False if name == "_qkv_same_embed_dim" and live else super().attribute(name, live)
+
+
 class ModuleHost(Host):
     """Any module at all, for methods that replace the whole module rather than adapt its weight."""
 
@@ -231,6 +283,7 @@ _BY_TYPE: dict[type[nn.Module], type[Host]] = {
     nn.Conv1d: ConvHost,
     nn.Conv2d: ConvHost,
     nn.Conv3d: ConvHost,
+    nn.MultiheadAttention: AttentionHost,
 }
 _BY_PREDICATE: list[tuple[Callable[[nn.Module], bool], type[Host]]] = []
 
@@ -261,6 +314,21 @@ def host_for(layer: nn.Module) -> Host | None:
         if predicate(layer):
             return kind(layer)
     return next((_BY_TYPE[t](layer) for t in type(layer).__mro__ if t in _BY_TYPE), None)
+
+
+def swapped(module: nn.Module, edits: Mapping[str, Any]) -> nn.Module:
+    """A shallow twin of `module` with some parameters or children replaced; `module` itself is never touched.
+
+    So threads, exceptions, parametrisations and hooks cannot see a half-edited layer.
+    """
+    twin = object.__new__(type(module))
+    own = dict(module.__dict__)
+    own["_parameters"], own["_modules"] = dict(module._parameters), dict(module._modules)
+    own.pop("forward", None)  # patched onto the instance, so bound to the original
+    for name, value in edits.items():
+        own["_modules" if isinstance(value, nn.Module) else "_parameters"][name] = value
+    twin.__dict__.update(own)
+    return twin
 
 
 def known_kinds() -> list[str]:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import nn
 
 from peftlite.config import PeftConfig
 from peftlite.core.binding import activate, number, rebind, sync
-from peftlite.core.hosts import Host, LinearHost, ModuleHost, host_for, is_borrowed, known_kinds
+from peftlite.core.hosts import Host, LinearHost, ModuleHost, ParamHost, host_for, is_borrowed, known_kinds
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import InjectionPlan, Site
 from peftlite.core.state import AdapterState, check_adapter_name, check_bias_owner, freeze
-from peftlite.core.targets import Selection, TargetSpec, UnmatchedPolicy, complain, is_all_linear, report, select
+from peftlite.core.targets import (
+    Selection,
+    TargetSpec,
+    Unmatched,
+    UnmatchedPolicy,
+    complain,
+    is_all_linear,
+    match_pattern,
+    report,
+    select,
+)
 from peftlite.core.tree import Place, base_model_of, check_one_state, find_state, places
 from peftlite.core.variant import COMPANIONS, TunerSpec, tuner_for
-from peftlite.errors import TargetNotFoundError, UnsupportedLayerError
+from peftlite.errors import StateError, TargetNotFoundError, UnsupportedLayerError
 
 C = TypeVar("C", bound=PeftConfig)
 
@@ -58,7 +68,7 @@ def plan(
 ) -> InjectionPlan:
     """What adding an adapter would do, printable as a table; changes nothing and works on the meta device.
 
-    Raises: AdapterNameError, ConfigError, TargetNotFoundError, UnsupportedLayerError, StateError.
+    Raises: AdapterNameError, ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError, StateError.
     """
     base = base_model_of(model)
     check_one_state(base)
@@ -72,48 +82,83 @@ def plan(
     config.base_model_name_or_path = config.base_model_name_or_path or facts.name_or_path
     found = Found.of(base)
     selection = choose(base, config, found, facts)
-    complain(selection, unmatched, type(base).__name__, stacklevel=3)
-    if not selection.targets:
+    parameters = choose_parameters(config, found)
+    missing = joint_unmatched(selection, parameters)
+    complain(replace(selection, unmatched=missing), unmatched, type(base).__name__, stacklevel=3)
+    if not selection.targets and not parameters.targets:
         raise TargetNotFoundError(
             f"`target_modules={config.to_dict().get('target_modules')!r}` matches no module of {type(base).__name__}.\n"
-            f"{report(selection.unmatched, type(base).__name__)}\nNothing was changed."
+            f"{report(missing, type(base).__name__)}\nNothing was changed."
         )
-    sites = [
-        *make_sites(found, selection.targets, tuner, config),
-        *(site for companion in COMPANIONS for site in make_sites(found, selection.saved, companion.tuner, config)),
-    ]
+    wanted = [(path, None) for path in selection.targets] + [found.split(path) for path in parameters.targets]
+    sites = make_sites(found, with_inner(found, wanted), tuner, config)
+    for companion in COMPANIONS:
+        sites += make_sites(found, [(path, None) for path in selection.saved], companion.tuner, config)
     complete(config, tuner, sites, selection, list(found.places))
     return InjectionPlan(base, config, adapter_name, tuple(sites), autocast_adapter_dtype)
 
 
+Wanted = tuple[str, "str | None"]  # the path of a module, and the name of its parameter where it is about one
+
+
 @dataclass(frozen=True)
 class Found:
-    """One walk over a model: its modules by path, the places of each module, and who uses each parameter."""
+    """One walk over a model: its modules by path, and who uses each parameter."""
 
     places: dict[str, Place]
+    """Where modules are; of adapter layers, not what is inside."""
+    inside: dict[str, Place]
+    """Where modules inside adapter layers are."""
     uses: dict[int, set[int]] = field(default_factory=dict)
     """id of a parameter -> ids of the modules that have it."""
 
     @classmethod
     def of(cls, base: nn.Module) -> Found:
-        found = cls({place.path: place for place in places(base)})
-        for place in found.places.values():
-            module = place.module.get_base_layer() if isinstance(place.module, AdapterLayer) else place.module
-            for parameter in module._parameters.values():
+        found = cls({place.path: place for place in places(base)}, {})
+        for place in places(base, inside_layers=True):
+            if place.path not in found.places:
+                found.inside[place.path] = place
+            for parameter in place.module._parameters.values():
                 if parameter is not None:
-                    found.uses.setdefault(id(parameter), set()).add(id(module))
+                    found.uses.setdefault(id(parameter), set()).add(id(place.module))
         return found
+
+    def at(self, path: str) -> Place:
+        """The place of this path."""
+        return self.places[path] if path in self.places else self.inside[path]
+
+    def parameter_paths(self) -> list[str]:
+        """The paths of the parameters that modules own themselves, in the modules' order."""
+        return [
+            f"{path}.{name}"
+            for path, place in self.places.items()
+            for name, parameter in innermost(place.module)._parameters.items()
+            if parameter is not None
+        ]
+
+    def split(self, path: str) -> Wanted:
+        """(module, parameter) of a parameter's path."""
+        module, _, name = path.rpartition(".")
+        return module, name
 
     def shares_weight(self, host: Host) -> bool:
         """Whether the host's parameter is another module's too, or lies on another model's storage."""
         return len(self.uses.get(id(host.parameter), ())) > 1 or is_borrowed(host.parameter)
 
 
+def innermost(module: nn.Module) -> nn.Module:
+    """The base layer of an adapter layer, or the module itself."""
+    return module.get_base_layer() if isinstance(module, AdapterLayer) else module
+
+
 def choose(base: nn.Module, config: PeftConfig, found: Found, facts: ModelFacts) -> Selection:
     """Which modules the config means, task heads included."""
     values: Any = config
-    if values.to_dict().get("target_modules") is None and facts.default_targets is not None:
-        facts.default_targets(config)
+    if values.to_dict().get("target_modules") is None:
+        if values.to_dict().get("target_parameters"):
+            values.target_modules = []
+        elif facts.default_targets is not None:
+            facts.default_targets(config)
     heads = [name for companion in COMPANIONS for name in companion.optional(config)]
     present = sorted({head for head in heads if any(path.rpartition(".")[2] == head for path in found.places)})
     if present:
@@ -129,28 +174,60 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module.host if isinstance(module, AdapterLayer) else host_for(module), LinearHost)
 
 
-def make_sites(found: Found, paths: Iterable[str], tuner: TunerSpec, config: PeftConfig) -> list[Site]:
-    """One site per module; a module in several of the places gets one adapter, in all of them.
+def choose_parameters(config: Any, found: Found) -> Selection:
+    """Which parameters `target_parameters` means, by the rules for names of modules."""
+    names = tuple(getattr(config, "target_parameters", None) or ())
+    if not names:
+        return Selection((), (), ())
+    selection = select(found.parameter_paths(), TargetSpec(target_modules=names))
+    unmatched = tuple(replace(entry, field="target_parameters") for entry in selection.unmatched)
+    return replace(selection, unmatched=unmatched)
+
+
+def joint_unmatched(selection: Selection, parameters: Selection) -> tuple[Unmatched, ...]:
+    """The entries that match nothing among modules and parameters together."""
+    kept = [
+        entry
+        for entry in selection.unmatched
+        if entry.field not in ("rank_pattern", "alpha_pattern")
+        or not any(match_pattern([str(entry.entry)], path) for path in parameters.targets)
+    ]
+    return (*kept, *parameters.unmatched)
+
+
+def with_inner(found: Found, wanted: Iterable[Wanted]) -> list[Wanted]:
+    """`wanted`, and the children that a wanted module reads without calling them, right after it."""
+    result: dict[Wanted, None] = {}
+    for path, param in wanted:
+        result[path, param] = None
+        module = found.at(path).module
+        host = host_at(module, param)
+        if param is None and host is not None:
+            slot = f"{module.tuner.base_slot}." if isinstance(module, AdapterLayer) else ""
+            result.update({(f"{path}.{slot}{child}", None): None for child in host.inner})
+    return list(result)
+
+
+def make_sites(found: Found, wanted: Iterable[Wanted], tuner: TunerSpec, config: PeftConfig) -> list[Site]:
+    """One site per module or parameter; a module in several of the places gets one adapter, in all of them.
 
     Raises: UnsupportedLayerError.
     """
     variant = tuner.variant_for(config)
-    grouped: dict[int, list[Place]] = {}
-    for path in paths:
-        place = found.places[path]
-        grouped.setdefault(id(place.module), []).append(place)
+    grouped: dict[tuple[int, str | None], list[Place]] = {}
+    for path, param in wanted:
+        place = found.at(path)
+        grouped.setdefault((id(place.module), param), []).append(place)
     sites, refused = [], []
-    for group in grouped.values():
-        first = group[0]
-        host = host_at(first.module, tuner)
-        reason = why_not(first.module, host, tuner) or (
-            variant.check(host, config, first.path) if host is not None else None
-        )
+    for (_, param), group in grouped.items():
+        path = group[0].path if param is None else f"{group[0].path}.{param}"
+        host = host_at(group[0].module, param) or (ModuleHost(group[0].module) if tuner.any_module else None)
+        reason = why_not(group[0].module, host, tuner) or (variant.check(host, config, path) if host else None)
         if host is None or reason is not None:
-            refused.append(f"`{first.path}` ({reason})")
+            refused.append(f"`{path}` ({reason})")
             continue
-        rank, parameters = variant.size(host, config, first.path)
-        sites.append(Site(tuple(group), tuner, variant, host, rank, parameters, found.shares_weight(host)))
+        rank, parameters = variant.size(host, config, path)
+        sites.append(Site(tuple(group), tuner, variant, host, rank, parameters, param, found.shares_weight(host)))
     if refused:
         raise UnsupportedLayerError(
             f"{tuner.peft_type} cannot adapt {', '.join(refused[:5])}{' ...' if len(refused) > 5 else ''}. "
@@ -159,12 +236,9 @@ def make_sites(found: Found, paths: Iterable[str], tuner: TunerSpec, config: Pef
     return sites
 
 
-def host_at(module: nn.Module, tuner: TunerSpec) -> Host | None:
-    """The host of a module, or of the base layer of an adapter layer; any module has one where it is replaced whole."""
-    if isinstance(module, AdapterLayer):
-        return module.host
-    host = host_for(module)
-    return ModuleHost(module) if host is None and tuner.base_slot != "base_layer" else host
+def host_at(module: nn.Module, param: str | None) -> Host | None:
+    """The host of a module (of the base layer, if it has adapters), or of one of its parameters."""
+    return host_for(innermost(module)) if param is None else ParamHost(innermost(module), param)
 
 
 def why_not(module: nn.Module, host: Host | None, tuner: TunerSpec) -> str | None:
@@ -220,11 +294,9 @@ def commit(planned: InjectionPlan, low_cpu_mem_usage: bool, trainable: bool) -> 
         state = AdapterState()
         freeze(base)
     for site, values in built:
-        layer = site.module if isinstance(site.module, AdapterLayer) else AdapterLayer(site.module, site.tuner, state)
+        layer = layer_at(site, state)
         layer.__dict__["shared_weight"] = site.shared
         layer.add(name, site.variant, values)
-        for place in site.places:
-            place.parent._modules[place.child] = layer
     state.add(name, planned.config, trainable)
     number(base)
     if first:
@@ -232,3 +304,18 @@ def commit(planned: InjectionPlan, low_cpu_mem_usage: bool, trainable: bool) -> 
     else:
         sync(base, state, (name,))
         rebind(base, state)
+
+
+def layer_at(site: Site, state: AdapterState) -> AdapterLayer:
+    """The adapter layer of a site, put around what is in its places if it is not there yet."""
+    module = current = site.places[0].parent._modules[site.places[0].child]
+    while isinstance(current, AdapterLayer):
+        if current.param == site.param:
+            return current
+        current = current.wrapped
+    if module is None:  # the plan found it there
+        raise StateError(f"`{site.path}` is gone. The model was changed between plan and commit.")
+    layer = AdapterLayer(module, site.tuner, state, site.param)
+    for place in site.places:
+        place.parent._modules[place.child] = layer
+    return layer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core.call import current
-from peftlite.core.hosts import ALL_ROWS, Dense, Host, ModuleHost, Saved, host_for, widened
+from peftlite.core.hosts import ALL_ROWS, Dense, Host, ModuleHost, ParamHost, Saved, host_for, swapped, widened
 from peftlite.core.slots import Numbers, SlotContainer, View, parameters_in, replace_tensor
 from peftlite.core.state import AdapterState
 from peftlite.core.variant import Program, TunerSpec, Variant
@@ -30,7 +30,7 @@ class AdapterLayer(nn.Module):
     state: AdapterState
     tuner: TunerSpec
 
-    def __init__(self, base_layer: nn.Module, tuner: TunerSpec, state: AdapterState) -> None:
+    def __init__(self, base_layer: nn.Module, tuner: TunerSpec, state: AdapterState, param: str | None = None) -> None:
         super().__init__()
         self._modules[tuner.base_slot] = base_layer
         for slot in tuner.slots:
@@ -41,6 +41,7 @@ class AdapterLayer(nn.Module):
         own.update(
             tuner=tuner,
             state=state,
+            param=param,
             place=-1,
             variants={},
             merged_adapters=[],
@@ -55,6 +56,9 @@ class AdapterLayer(nn.Module):
     def _get_name(self) -> str:
         return self.tuner.label(self.host)
 
+    def extra_repr(self) -> str:
+        return "" if self.param is None else f"parameter_name={self.param!r},"
+
     # ---- what it is
     @property
     def host(self) -> Host:
@@ -62,13 +66,22 @@ class AdapterLayer(nn.Module):
         base = self.get_base_layer()
         host: Host | None = self.__dict__.get("_host")
         if host is None or host.layer is not base:
-            host = self.__dict__["_host"] = host_for(base) or ModuleHost(base)
+            host = ParamHost(base, self.param) if self.param is not None else host_for(base) or ModuleHost(base)
+            self.__dict__["_host"] = host
         return host
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The module inside: the base layer, or the adapter layer of another of its parameters."""
+        module: Any = self._modules[self.tuner.base_slot]
+        return module  # type: ignore[no-any-return]
 
     def get_base_layer(self) -> nn.Module:
         """The layer that the adapters are on."""
-        base: Any = self._modules[self.tuner.base_slot]
-        return base  # type: ignore[no-any-return]
+        module = self.wrapped
+        while isinstance(module, AdapterLayer):
+            module = module.wrapped
+        return module
 
     @property
     def active_adapters(self) -> list[str]:
@@ -114,7 +127,8 @@ class AdapterLayer(nn.Module):
             tuner = self.__dict__.get("tuner")
             if modules is None or tuner is None or name == tuner.base_slot:
                 raise
-            return getattr(modules[tuner.base_slot], name)
+            host = self.host
+            return host.attribute(name, host.weight_only and bool(self.live(self.active_names)))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -185,6 +199,15 @@ class AdapterLayer(nn.Module):
         self.unbind()
 
     # ---- forward
+    @property
+    def active_names(self) -> list[str]:
+        """The adapters that forward uses when no Call says otherwise."""
+        return self.active_adapters if self.enabled else []
+
+    def live(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that this layer has and that are not in the weight already."""
+        return [name for name in names if name in self.variants and name not in self.merged_adapters]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = current()
         if call is not None and (call := call.of(self.state)) is not None:
@@ -193,15 +216,55 @@ class AdapterLayer(nn.Module):
 
     def program(self, names: Sequence[str]) -> Program:
         """The base layer with these adapters, as one callable; what depends only on `names` is decided here."""
-        live = [name for name in names if name in self.variants and name not in self.merged_adapters]
-        call: Program = self.get_base_layer()
+        if self.host.weight_only:
+            return partial(self._edited, tuple(names))
+        live = self.live(names)
+        call: Program = self.wrapped
         for name in live:
             call = partial(self.variants[name].forward, View(self, name), call)
         fast = self.variants[live[0]].bind(View(self, live[0]), call) if len(live) == 1 else None
         return fast or call
 
+    def _edited(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """Call a twin of the base layer that holds the adapted weights: where the layer reads them by itself."""
+        module: nn.Module = self
+        edits: dict[str, Any] = {}
+        while isinstance(module, AdapterLayer):
+            edits = module.edits(names) | edits
+            module = module.wrapped
+        return (swapped(module, edits) if edits else module)(*args, **kwargs)
+
+    def edits(self, names: Sequence[str]) -> dict[str, Any]:
+        """What these adapters change in the base layer, as {attribute: value}; differentiable."""
+        host, live = self.host, self.live(names)
+        found: dict[str, Any] = {}
+        if isinstance(host, ParamHost):
+            if live:
+                found |= host.edits(self.merged_dense(host.read(), live))
+            for child in host.inner:
+                inside = host.layer._modules[child]
+                if isinstance(inside, AdapterLayer):
+                    found[child] = inside.twin(names)
+        return found
+
+    def twin(self, names: Sequence[str]) -> nn.Module:
+        """The base layer with these adapters in its weight, as a module of its own."""
+        host, live = self.host, self.live(names)
+        if not live:
+            return self.wrapped
+        dense = self.merged_dense(host.read(), live)
+        bias = {} if dense.bias is None or host.bias is None else {"bias": dense.bias.to(host.bias.dtype)}
+        return swapped(self.wrapped, {host.param: host.canonical(dense.weight).to(host.dtype), **bias})
+
+    def merged_dense(self, base: Dense, names: Sequence[str], rows: slice = ALL_ROWS) -> Dense:
+        """`base` (some rows of the weight, and the bias) with these adapters merged, in at least fp32."""
+        dense = Dense(widened(base.weight), base.bias if base.bias is None else widened(base.bias))
+        for name in names:
+            dense = self.variants[name].merge(View(self, name), dense, rows)
+        return dense
+
     def _bind(self) -> Program:
-        program = self.program(self.active_adapters if self.enabled else ())
+        program = self.program(self.active_names)
         self.bind(program)
         return program
 
@@ -311,13 +374,8 @@ class AdapterLayer(nn.Module):
 
     def _merged_blocks(self, names: Sequence[str], saved: Saved | None) -> Iterator[tuple[slice, Dense]]:
         """(rows, their weight and bias with `names` merged), over the whole weight."""
-        views = [(self.variants[n], View(self, n)) for n in names]
-        for rows in self._blocks(all(variant.by_rows for variant, _ in views)):
-            base = self.host.read(saved, rows)
-            dense = Dense(widened(base.weight), base.bias if base.bias is None else widened(base.bias))
-            for variant, view in views:
-                dense = variant.merge(view, dense, rows)
-            yield rows, dense
+        for rows in self._blocks(all(self.variants[name].by_rows for name in names)):
+            yield rows, self.merged_dense(self.host.read(saved, rows), names, rows)
 
     def _blocks(self, by_rows: bool) -> Iterator[slice]:
         shape = self.host.shape
@@ -328,9 +386,9 @@ class AdapterLayer(nn.Module):
         yield from (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
     def keep_merged(self) -> nn.Module:
-        """Forget the base layer's own bytes and give back the base layer with what is merged into it."""
+        """Forget the base layer's own bytes and give back the module inside, with what is merged into it."""
         self.__dict__.update(_saved=None, merged_adapters=[])
-        return self.get_base_layer()
+        return self.wrapped
 
     # ---- copies bind for themselves
     def _link(self) -> None:
@@ -350,7 +408,7 @@ class AdapterLayer(nn.Module):
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         call = current()
         chosen = call.of(self.state) if call is not None else None
-        names = self.active_adapters if self.enabled else []
+        names = self.active_names
         replica.__dict__.update(_program=None, _host=None)
         replica.__dict__["forward"] = partial(_replica_forward, replica, names if chosen is None else chosen.names)
         return replica

@@ -243,9 +243,11 @@ def unload(model: nn.Module) -> nn.Module:
 def take_out(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """Replace every adapter layer by its base layer, with what is merged, or by the module that stands in for it."""
     base = base_model_of(model)
-    kept: dict[nn.Module, nn.Module] = {layer: outcome(layer, names) for layer in layers(base)}
-    for place in layer_places(base):
-        place.parent._modules[place.child] = kept[place.module]
+    kept: dict[int, nn.Module] = {}
+    for place in reversed(layer_places(base)):  # a layer inside another goes first
+        if isinstance(place.module, AdapterLayer):
+            remains = kept.setdefault(id(place.module), outcome(place.module, names))
+            place.parent._modules[place.child] = remains
     return base
 
 
@@ -274,9 +276,9 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         if adapter_name in layer.variants:
             layer.remove(adapter_name)
     state.remove(adapter_name)
-    for place in layer_places(base):
+    for place in reversed(layer_places(base)):
         if isinstance(place.module, AdapterLayer) and not place.module.variants:
-            place.parent._modules[place.child] = place.module.get_base_layer()
+            place.parent._modules[place.child] = place.module.wrapped
     if not state.configs:
         return
     number(base)

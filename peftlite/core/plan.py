@@ -28,13 +28,16 @@ class Site:
     host: Host
     rank: int | None
     parameters: int
+    param: str | None
+    """The parameter that is adapted, of a module that is not adapted as a whole."""
     shared: bool
     """Whether the base weight is another module's too, so that merging needs a copy of it."""
 
     @property
     def path(self) -> str:
-        """Where the module is in the base model (its first place)."""
-        return self.places[0].path
+        """Where the module (or its parameter) is in the base model, by its first place."""
+        path = self.places[0].path
+        return path if self.param is None else f"{path}.{self.param}"
 
     @property
     def module(self) -> nn.Module:

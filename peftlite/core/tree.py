@@ -38,27 +38,31 @@ class Place:
     module: nn.Module
 
 
-def places(model: nn.Module) -> Iterator[Place]:
-    """Every place below `model`, parents first; adapter layers are not entered."""
+def places(model: nn.Module, inside_layers: bool = False) -> Iterator[Place]:
+    """Every place below `model`, parents first; of adapter layers, what they wrap only `inside_layers`, slots never."""
     stack = [Place("", model, "", model)]
     while stack:
         place = stack.pop()
         if place.path:
             yield place
-            if isinstance(place.module, AdapterLayer):
-                continue
+        module = place.module
+        if isinstance(module, AdapterLayer):
+            if inside_layers:
+                slot = module.tuner.base_slot
+                stack.append(Place(f"{place.path}.{slot}", module, slot, module.wrapped))
+            continue
         prefix = f"{place.path}." if place.path else ""
         children = [
-            Place(prefix + name, place.module, name, child)
-            for name, child in place.module._modules.items()
-            if child is not None
+            Place(prefix + name, module, name, child) for name, child in module._modules.items() if child is not None
         ]
         stack.extend(reversed(children))
 
 
 def layer_places(model: nn.Module) -> list[Place]:
     """The places of adapter layers; a layer in several places comes several times."""
-    return [place for place in places(base_model_of(model)) if isinstance(place.module, AdapterLayer)]
+    return [
+        place for place in places(base_model_of(model), inside_layers=True) if isinstance(place.module, AdapterLayer)
+    ]
 
 
 def layers(model: nn.Module) -> Iterator[AdapterLayer]:
@@ -72,6 +76,7 @@ def layers(model: nn.Module) -> Iterator[AdapterLayer]:
         seen.add(id(module))
         if isinstance(module, AdapterLayer):
             yield module
+            stack.append(module.wrapped)
         else:
             stack.extend(child for child in reversed(module._modules.values()) if child is not None)
 
@@ -114,15 +119,13 @@ def base_biases(model: nn.Module, bias: str) -> Iterator[nn.Parameter]:
     """The base model's own biases that `bias="all"` or `bias="lora_only"` trains."""
     if bias == "none":
         return
-    for place in places(base_model_of(model)):
-        module = place.module
-        adapted = isinstance(module, AdapterLayer)
-        if isinstance(module, AdapterLayer):
-            module = module.get_base_layer()
-        elif bias == "lora_only":
+    for place in places(base_model_of(model), inside_layers=True):
+        if isinstance(place.module, AdapterLayer) or (
+            bias == "lora_only" and not isinstance(place.parent, AdapterLayer)
+        ):
             continue
-        for name, parameter in module._parameters.items():
-            if parameter is not None and is_bias(name) and (adapted or bias == "all"):
+        for name, parameter in place.module._parameters.items():
+            if parameter is not None and is_bias(name):
                 yield parameter
 
 

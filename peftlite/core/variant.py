@@ -112,6 +112,8 @@ class TunerSpec:
     label: Callable[[Host], str]
     numbers: tuple[str, ...] = ()
     base_slot: str = "base_layer"
+    any_module: bool = False
+    """Whether it can be put around modules of kinds that no host knows."""
     resolve: Callable[[Any, Sequence[tuple[str, Host]]], None] | None = None
     """Completes the model's own copy of a config from the layers that it turned out to adapt."""
 

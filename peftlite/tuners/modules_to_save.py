@@ -65,6 +65,7 @@ MODULES_TO_SAVE = register_companion(
             variant_for=lambda config: _VARIANT,
             label=lambda host: "ModulesToSaveWrapper",
             base_slot="original_module",
+            any_module=True,
         ),
         field="modules_to_save",
         targets=saved_with,

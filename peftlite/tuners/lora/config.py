@@ -51,7 +51,6 @@ UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
         "monteclora_config": None,
         "layer_replication": None,
         "runtime_config": LoraRuntimeConfig(),
-        "target_parameters": None,
         "use_bdlora": None,
         "arrow_config": None,
         "kasa_config": None,
@@ -173,6 +172,7 @@ class LoraConfig(PeftConfig):
     def _check_targets(self) -> None:
         self.target_modules = check_names_or_regex("target_modules", self.target_modules)
         self.exclude_modules = check_names_or_regex("exclude_modules", self.exclude_modules)
+        self.target_parameters = check_names("target_parameters", self.target_parameters)
         self.modules_to_save = check_names("modules_to_save", self.modules_to_save, sort=False)
         self.layers_to_transform = check_indices("layers_to_transform", self.layers_to_transform)
         if isinstance(self.layers_pattern, str):

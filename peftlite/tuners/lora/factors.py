@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from peftlite.core.hosts import ALL_ROWS, ConvHost, EmbeddingHost, Host, LinearHost, widened
+from peftlite.core.hosts import ALL_ROWS, ConvHost, EmbeddingHost, Host, LinearHost, ParamHost, widened
 from peftlite.core.slots import View, build_linear
 from peftlite.core.variant import Placement
 from peftlite.tuners.lora.config import LoraConfig
@@ -181,6 +181,43 @@ def _(host: ConvHost) -> str | None:
     if groups_of(host) > 1:
         return "every group of its output depends on all inputs, which a convolution in groups cannot express"
     return None
+
+
+@cannot_adapt.register
+def _(host: ParamHost, config: LoraConfig, path: str) -> str | None:
+    if host.parameter is None:
+        return "its q, k and v have projections of their own, which `target_parameters` can name"
+    if host.parameter.dim() not in (2, 3):
+        return f"it has {host.parameter.dim()} dimensions, where a matrix or a stack of matrices is needed"
+    if config.lora_dropout:
+        return f"`lora_dropout` is `{config.lora_dropout}`, and its input is not seen by the adapter; it must be 0"
+    return "`lora_bias` needs a layer that is called" if config.lora_bias else None
+
+
+@entries.register
+def _(host: ParamHost, r: int) -> int:
+    *batch, out, into = host.shape
+    return r * math.prod(batch) * (out + into)
+
+
+@factors.register
+def _(host: ParamHost, r: int, at: Placement) -> dict[str, Any]:
+    *batch, out, into = host.shape
+    wide = r * math.prod(batch)
+    A = uniform((wide, into), into, at)
+    B = uniform((out, wide), r, at) if at.config.init_lora_weights is False else zeros((out, wide), at)
+    if at.config.init_lora_weights == "gaussian":
+        A.normal_(std=1 / r)
+    return {"lora_A": build_linear(into, wide, A), "lora_B": build_linear(wide, out, B)}
+
+
+@outer.register
+def _(host: ParamHost, a: View, rows: slice) -> Tensor:
+    A, B = widened(a.lora_A.weight), widened(a.lora_B.weight)
+    if not host.batch:
+        return (B if rows == ALL_ROWS else B[rows]) @ A
+    experts = host.shape[0]  # expert slowest in A (experts r, in), fastest in B (out, r experts)
+    return B.view(B.shape[0], -1, experts).permute(2, 0, 1) @ A.view(experts, -1, A.shape[1])
 
 
 def groups_of(host: Host) -> int:

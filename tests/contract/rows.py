@@ -1,0 +1,155 @@
+"""The rows of the contract: every tuner and variant, every kind of layer, every dtype. Adding a row tests everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import peftlite
+from peftlite import LoraConfig
+from peftlite.core.tree import layers
+
+IN, OUT, BATCH, LENGTH, VOCAB = 12, 10, 3, 5, 20
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of base layer: how to make one, what to feed it, and how wide its output is."""
+
+    make: Callable[[], nn.Module]
+    feed: Callable[[torch.dtype], Tensor]
+    width: int = OUT
+
+
+def vectors(dtype: torch.dtype) -> Tensor:
+    return torch.randn(BATCH, LENGTH, IN).to(dtype)
+
+
+def ids(dtype: torch.dtype) -> Tensor:
+    return torch.randint(0, VOCAB, (BATCH, LENGTH))
+
+
+def images(dimensions: int) -> Callable[[torch.dtype], Tensor]:
+    return lambda dtype: torch.randn(BATCH, IN, *([6] * dimensions)).to(dtype)
+
+
+KINDS: dict[str, Kind] = {
+    "linear": Kind(lambda: nn.Linear(IN, OUT), vectors),
+    "linear-no-bias": Kind(lambda: nn.Linear(IN, OUT, bias=False), vectors),
+    "conv1d": Kind(lambda: Conv1D(OUT, IN), vectors),
+    "conv1d-torch": Kind(lambda: nn.Conv1d(IN, OUT, 3, padding="same", padding_mode="circular"), images(1), 0),
+    "conv2d": Kind(lambda: nn.Conv2d(IN, OUT, 3, stride=2, padding=1, dilation=2), images(2), 0),
+    "conv2d-groups": Kind(lambda: nn.Conv2d(IN, OUT, 3, groups=2), images(2), 0),
+    "conv3d": Kind(lambda: nn.Conv3d(IN, OUT, (1, 2, 3), bias=False), images(3), 0),
+    "embedding": Kind(lambda: nn.Embedding(VOCAB, OUT), ids),
+}
+
+Make = Callable[..., peftlite.PeftConfig]
+
+
+def lora(**fields: Any) -> Make:
+    return lambda **more: LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["layer"], **fields, **more})
+
+
+TUNERS: dict[str, Make] = {
+    "lora": lora(),
+    "lora-rslora": lora(use_rslora=True),
+    "lora-dropout": lora(lora_dropout=0.3),
+    "lora-lora_bias": lora(lora_bias=True),
+    "lora-gaussian": lora(init_lora_weights="gaussian"),
+    "lora-modules_to_save": lora(modules_to_save=["head"]),
+}
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+UNSUPPORTED: dict[tuple[str, str], str] = {
+    ("lora-lora_bias", "embedding"): "lora_bias",
+}
+"""Combinations that the plan refuses, and what its message names."""
+
+UNMERGEABLE = {
+    ("lora-lora_bias", "linear-no-bias"),
+    ("lora-lora_bias", "conv3d"),
+    *((tuner, "conv2d-groups") for tuner in TUNERS),
+}
+"""Combinations whose effect cannot be written into the base layer."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a tuner on a kind of layer in a dtype."""
+
+    tuner: str
+    kind: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.tuner}-{self.kind}-{self.dtype}"
+
+    @property
+    def mergeable(self) -> bool:
+        return (self.tuner, self.kind) not in UNMERGEABLE
+
+    def config(self, **fields: Any) -> peftlite.PeftConfig:
+        return TUNERS[self.tuner](**fields)
+
+    def base(self) -> Holder:
+        torch.manual_seed(1)
+        return Holder(KINDS[self.kind]).to(DTYPES[self.dtype]).eval()
+
+    def feed(self, seed: int = 2) -> Tensor:
+        torch.manual_seed(seed)
+        return KINDS[self.kind].feed(DTYPES[self.dtype])
+
+    def adapted(self, *names: str) -> Holder:
+        """A model in which the adapters `names` (default: one) have random weights; the first is active."""
+        model = self.base()
+        for name in names or ("default",):
+            peftlite.inject_adapter_in_model(self.config(), model, name)
+            scramble(model, name)
+        peftlite.set_adapter(model, (names or ("default",))[0])
+        return model
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        """How far two ways of computing the same may be apart: some roundings of values of about 1 to 10."""
+        eps = torch.finfo(DTYPES[self.dtype]).eps
+        return {"rtol": 16 * eps, "atol": 32 * eps}
+
+
+class Holder(nn.Module):
+    """A model with one layer to adapt and a head."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__()
+        self.layer = kind.make()
+        self.channels_first = not kind.width
+        self.head = nn.Linear(kind.width or OUT, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        if self.channels_first:
+            y = y.flatten(2).transpose(1, 2)
+        z: Tensor = self.head(y)
+        return z
+
+
+@torch.no_grad()
+def scramble(model: nn.Module, name: str, seed: int | None = None) -> None:
+    """Give an adapter random weights, so that it has an effect."""
+    generator = torch.Generator().manual_seed(sum(map(ord, name)) if seed is None else seed)
+    for layer in layers(model):
+        for parameter in layer.parameters_of(name):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def cases(*, unsupported: bool = False) -> Iterator[Case]:
+    for tuner in TUNERS:
+        for kind in KINDS:
+            if ((tuner, kind) in UNSUPPORTED) is unsupported:
+                yield from (Case(tuner, kind, dtype) for dtype in DTYPES)
