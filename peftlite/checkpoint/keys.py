@@ -254,5 +254,3 @@ def _unfound(missing: Collection[str], expected: Collection[str]) -> Cause | Non
     if all(_shape_of(key) in {_shape_of(p) for p in present} for key in missing):
         return Cause("the adapter was made on a model with fewer layers, or on a part of these layers")
     return Cause("the file was not saved completely, or its config was changed afterwards")
-
-

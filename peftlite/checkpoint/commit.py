@@ -1,0 +1,296 @@
+"""Several files of a directory replaced as one: whoever reads with `opened` sees all the old ones or all the new ones.
+
+    1. the new files are written, with checksums, into a hidden directory beside the old ones, and flushed to the disk;
+    2. that directory is renamed to `.adapter-pending`: from this moment the new files are the ones that count;
+    3. each file is renamed to its place, and the empty directory removed.
+
+Killed before 2, a save leaves what it found. Killed after 2, `opened` takes from `.adapter-pending` what is still
+there, and the next save ends the job. Programs that know nothing of this see whole files at all times, and matching
+ones before 2 and after 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import stat
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+from peftlite.errors import CheckpointError
+
+try:
+    import fcntl
+except (
+    ImportError
+):  # Windows has no flock; there two saves into one directory at the same time are the caller's concern
+    _flock: Callable[[int], None] | None = None
+else:
+
+    def _flock(handle: int) -> None:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+PENDING = ".adapter-pending"
+STAGING = ".adapter-staging-"
+MANIFEST = "manifest.json"
+Writer = Callable[[BinaryIO], None]
+Stamp = list[int]  # size, CRC-32
+
+_BLOCK = 1 << 20
+_MAX_MANIFEST = 1 << 16
+_ATTEMPTS = 100
+
+
+# ---- writing
+
+
+class ChecksumWriter:
+    """Writes to a file and remembers size and checksum of what went through."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.stamp: Stamp = [0, 0]
+
+    def write(self, data: Any) -> int:
+        self._file.write(data)
+        self.stamp = [self.stamp[0] + len(data), zlib.crc32(data, self.stamp[1])]
+        return len(data)
+
+
+def replace_files(directory: Path, writers: Mapping[str, Writer]) -> None:
+    """Give `directory` new files, all at once: `writers` maps each file's name to what writes it.
+
+    A failure, or a kill, at any moment leaves the old files or the new ones, whole.
+
+    Raises: OSError as the file system does, and what a writer raises.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in writers:
+        if (directory / name).is_dir():
+            raise IsADirectoryError(f"`{directory / name}` is a directory")
+    with _lock(directory) as alone:
+        stale = not _finish(directory)
+        if alone:
+            _remove(*directory.glob(f"{STAGING}*"))
+        staging = directory / (STAGING + secrets.token_hex(8))
+        staging.mkdir()
+        try:
+            _stage(directory, staging, writers)
+            if stale:
+                _remove(directory / PENDING)
+            os.rename(staging, directory / PENDING)
+        except BaseException:
+            _remove(staging)
+            raise
+        try:
+            _flush_directory(directory)
+            _publish(directory, list(writers))
+        except OSError:
+            if all((directory / PENDING / name).exists() for name in writers):
+                _remove(directory / PENDING)  # nothing has moved yet, so the old files can stay
+            raise
+
+
+def _stage(directory: Path, staging: Path, writers: Mapping[str, Writer]) -> None:
+    manifest: dict[str, dict[str, Stamp | None]] = {}
+    for name, write in writers.items():
+        with open(staging / name, "xb") as file:
+            counted = ChecksumWriter(file)
+            write(cast(BinaryIO, counted))
+            _flush(file)
+        manifest[name] = {"new": counted.stamp, "old": _stamp(directory / name)}
+    with open(staging / MANIFEST, "xb") as file:
+        ChecksumWriter(file).write(json.dumps(manifest, sort_keys=True).encode())
+        _flush(file)
+    _flush_directory(staging)
+
+
+def _publish(directory: Path, names: Sequence[str]) -> None:
+    pending = directory / PENDING
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # moved already, before the save was interrupted
+            os.replace(pending / name, directory / name)
+    _flush_directory(directory)
+    os.unlink(pending / MANIFEST)
+    os.rmdir(pending)
+
+
+def _finish(directory: Path) -> bool:
+    """End a save that was interrupted after its commit. False: its files were changed since, so it is void."""
+    pending = directory / PENDING
+    if not pending.is_dir():
+        return True
+    manifest = _manifest(directory)
+    if manifest is None:  # all was published but for the removal of the directory
+        _remove(pending)
+        return True
+    if _disturbed(directory, manifest):
+        return False
+    _publish(directory, list(manifest))
+    return True
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[bool]:
+    """One save at a time into a directory; ends with the process. False where the file system cannot lock."""
+    if _flock is None:
+        yield False
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        alone = True
+        try:
+            _flock(handle)
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(handle)
+
+
+def _flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_directory(directory: Path) -> None:
+    if os.name == "nt":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- reading
+
+
+def opened(directory: Path, names: Sequence[str], guard: Callable[[Path], Path]) -> dict[str, BinaryIO]:
+    """The files of `directory` that exist among `names`, open for reading, and all of one save.
+
+    `guard` turns each path into the one to open, or refuses it.
+
+    Raises: CheckpointError if an interrupted save was disturbed, so that which files belong together is not known.
+    """
+    for _ in range(_ATTEMPTS):
+        manifest = _manifest(directory)
+        files: dict[str, BinaryIO] = {}
+        kept = False
+        try:
+            paths = {name: path for name in names if (path := _current(directory, name, manifest))}
+            for name, path in paths.items():
+                files[name] = _open_regular(guard(path))
+            # in this order: a save that ended before the second look shows in the files, others in the manifest
+            kept = manifest == _manifest(directory) and all(_same(files[name], path) for name, path in paths.items())
+            if kept and manifest is not None and _disturbed(directory, manifest):
+                kept = False
+                if manifest == _manifest(directory):
+                    raise CheckpointError(
+                        f"A save into `{directory}` was interrupted, and the files were changed since: which config "
+                        f"and which weights belong together is not known. Save again, or remove `{PENDING}` there to "
+                        "use the files as they are. Nothing was changed."
+                    )
+        except FileNotFoundError:
+            pass  # a save moved it between two looks
+        finally:
+            if not kept:
+                for file in files.values():
+                    file.close()
+        if kept:
+            return files
+    raise CheckpointError(f"The files of `{directory}` keep changing while they are read. Nothing was changed.")
+
+
+def _current(directory: Path, name: str, manifest: Mapping[str, Any] | None) -> Path | None:
+    """Where a file's current contents are; None if it does not exist."""
+    pending = directory / PENDING / name
+    if manifest is not None and name in manifest and os.path.lexists(pending):
+        return pending
+    path = directory / name
+    return path if os.path.lexists(path) else None
+
+
+def _manifest(directory: Path) -> dict[str, Any] | None:
+    """What an interrupted (or running) save says of its files; None if there is none."""
+    path = directory / PENDING / MANIFEST
+    try:
+        with _open_regular(path) as file:
+            raw = file.read(_MAX_MANIFEST)
+        found = json.loads(raw)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(_is_entry(name, entry) for name, entry in found.items()):
+        raise CheckpointError(
+            f"`{path}` is not what an interrupted save leaves behind. Remove `{PENDING}` to use the files beside it. "
+            "Nothing was changed."
+        )
+    return found
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    plain = os.path.basename(name) == name and name not in {"", ".", "..", MANIFEST}
+    stamps = [entry.get("new"), entry.get("old") or [0, 0]] if isinstance(entry, dict) else [None]
+    return plain and all(isinstance(s, list) and len(s) == 2 for s in stamps)
+
+
+def _disturbed(directory: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the files beside an interrupted save are others than it put there, or found there."""
+    for name, entry in manifest.items():
+        waiting = os.path.lexists(directory / PENDING / name)
+        if not _is_stamped(directory / name, entry["old" if waiting else "new"]):
+            return True
+        if waiting and not _is_stamped(directory / PENDING / name, entry["new"]):
+            return True
+    return False
+
+
+def _is_stamped(path: Path, stamp: Stamp | None) -> bool:
+    try:
+        if stamp is not None and path.stat().st_size != stamp[0]:
+            return False
+    except FileNotFoundError:
+        return False
+    return _stamp(path) == stamp
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """Size and checksum of a file; None if there is none."""
+    size = checksum = 0
+    try:
+        with _open_regular(path) as file:
+            while block := file.read(_BLOCK):
+                size, checksum = size + len(block), zlib.crc32(block, checksum)
+    except FileNotFoundError:
+        return None
+    return [size, checksum]
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open a file that is a file: a pipe or a device would block, or never end."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise CheckpointError(f"`{path}` is not a regular file. Nothing was changed.")
+    return cast(BinaryIO, open(handle, "rb", buffering=0))
+
+
+def _same(file: BinaryIO, path: Path) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), os.stat(path))

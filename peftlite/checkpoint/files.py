@@ -1,0 +1,247 @@
+"""An adapter's two files, `adapter_config.json` and `adapter_model.safetensors`: read with suspicion, written as one.
+
+Reading checks everything that can be checked before memory is spent: the sizes of both files, the config's depth, the
+header's account of every byte. It runs no code, imports nothing that a file names, opens regular files only, and none
+outside the directory. Links within the directory are followed, and those of a Hugging Face cache, whose snapshots
+consist of links into the `blobs` beside them; any other link is refused, since in a downloaded directory it could point
+to anything of yours. How files are written is told in `checkpoint/commit.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from peftlite.checkpoint import commit
+from peftlite.checkpoint.keys import shown
+from peftlite.checkpoint.tensorfile import MemoryTensors, SafetensorsFile, TensorSource, write_tensors
+from peftlite.errors import AdapterFilesNotFoundError, CheckpointError
+
+CONFIG_NAME = "adapter_config.json"
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+
+MAX_CONFIG = 4 << 20
+"""Bytes of a config file."""
+MAX_DEPTH = 16
+"""Levels of lists and objects in a config file."""
+
+
+@dataclass
+class AdapterFiles:
+    """An adapter on disk: its config as JSON has it, and its tensors, read when asked for. Close it after use."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: TensorSource
+    metadata: dict[str, str]
+
+    def __enter__(self) -> AdapterFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.tensors.close()
+
+
+def read_adapter(directory: str | os.PathLike[str], *, config: bool = True, allow_pickle: bool = True) -> AdapterFiles:
+    """Open the adapter in `directory`: its config and weights are of one save, even while another process saves there.
+
+    Args:
+        directory: where the files are.
+        config: whether there has to be a config file; without one, `.config` is empty.
+        allow_pickle: whether `adapter_model.bin` may be read where there is no safetensors file. Nothing but tensors is
+            taken from it (`torch.load(weights_only=True)`).
+
+    Raises:
+        AdapterFilesNotFoundError: a file is not there.
+        CheckpointError: a file cannot be read, or not be trusted.
+    """
+    place = Path(directory)
+    files = _open(place, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    try:
+        if config and CONFIG_NAME not in files:
+            raise _not_found(place, CONFIG_NAME)
+        found = _parse_config(files[CONFIG_NAME], str(place / CONFIG_NAME)) if CONFIG_NAME in files else {}
+        if SAFETENSORS_WEIGHTS_NAME in files:
+            tensors = SafetensorsFile(files[SAFETENSORS_WEIGHTS_NAME], str(place / SAFETENSORS_WEIGHTS_NAME))
+            del files[SAFETENSORS_WEIGHTS_NAME]  # the source closes it
+            return AdapterFiles(place, found, tensors, tensors.metadata)
+        if WEIGHTS_NAME not in files:
+            raise _not_found(place, SAFETENSORS_WEIGHTS_NAME)
+        if not allow_pickle:
+            raise CheckpointError(
+                f"`{place}` has `{WEIGHTS_NAME}` only, and `allow_pickle` is False. Nothing was changed."
+            )
+        return AdapterFiles(place, found, _read_pickle(files[WEIGHTS_NAME], str(place / WEIGHTS_NAME)), {})
+    finally:
+        for file in files.values():
+            file.close()
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config of the adapter in `directory`, as JSON has it.
+
+    Raises: AdapterFilesNotFoundError, CheckpointError as `read_adapter`.
+    """
+    place = Path(directory)
+    files = _open(place, (CONFIG_NAME,))
+    if not files:
+        raise _not_found(place, CONFIG_NAME)
+    with files[CONFIG_NAME] as file:
+        return _parse_config(file, str(place / CONFIG_NAME))
+
+
+def write_adapter(
+    directory: str | os.PathLike[str],
+    config: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter's two files: all of it or, if anything fails or the process is killed, nothing.
+
+    `config` is the text of the config file (`PeftConfig.to_json()`). Equal tensors and metadata give equal bytes.
+    Tensors that share memory are written each for itself; ones that are not contiguous, on another device, or of a
+    plain subclass are written by their values.
+
+    Raises: CheckpointError if a tensor cannot be written, or the file system refuses.
+    """
+    place = Path(directory)
+    try:
+        commit.replace_files(
+            place,
+            {
+                SAFETENSORS_WEIGHTS_NAME: lambda file: write_tensors(file, tensors, metadata),
+                CONFIG_NAME: lambda file: _write(file, config.encode()),
+            },
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"The adapter could not be saved to `{place}`: {error.strerror or error}. What was there before is intact."
+        ) from error
+
+
+def has_adapter(directory: str | os.PathLike[str]) -> bool:
+    """Whether `directory` holds an adapter's config."""
+    place = Path(directory)
+    return any(os.path.lexists(at / CONFIG_NAME) for at in (place, place / commit.PENDING))
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+
+
+# ---- reading
+
+
+def _not_found(place: Path, name: str) -> AdapterFilesNotFoundError:
+    if not place.is_dir():
+        return AdapterFilesNotFoundError(f"There is no directory `{place}`. Nothing was changed.")
+    try:
+        inside = sorted(entry.name for entry in place.iterdir() if has_adapter(entry))
+    except OSError:
+        inside = []
+    hint = f"; adapters are in its sub-directories {', '.join(map(shown, inside[:5]))}" if inside else ""
+    return AdapterFilesNotFoundError(f"`{place}` has no `{name}`{hint}. Nothing was changed.")
+
+
+def _open(place: Path, names: tuple[str, ...]) -> dict[str, BinaryIO]:
+    try:
+        home = place.resolve()
+        return commit.opened(place, names, lambda path: _inside(path, home))
+    except OSError as error:
+        raise CheckpointError(f"`{place}` cannot be read: {error.strerror or error}. Nothing was changed.") from error
+
+
+def _inside(path: Path, home: Path) -> Path:
+    """The file that `path` stands for: one inside `home`, or in the cache that `home` is a snapshot of."""
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        if not path.is_symlink():
+            raise
+        raise CheckpointError(f"`{path}` is a link to nothing. Nothing was changed.") from None
+    blobs = [above.parent / "blobs" for above in (home, *home.parents) if above.name == "snapshots"]
+    if real.is_relative_to(home) or real.parent in blobs:
+        return real
+    raise CheckpointError(
+        f"`{path}` is a link that leaves its directory, and is not followed: an adapter from elsewhere could name any "
+        "of your files. If it is your own link, pass the directory that it points into. Nothing was changed."
+    )
+
+
+def _parse_config(file: BinaryIO, name: str) -> dict[str, Any]:
+    raw = file.read(MAX_CONFIG + 1)
+    if len(raw) > MAX_CONFIG:
+        raise CheckpointError(f"`{name}` is larger than {MAX_CONFIG} bytes. Nothing was changed.")
+    try:
+        found = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
+        deep = _depth_exceeds(found, MAX_DEPTH)
+    except RecursionError:
+        deep = True
+    except ValueError as error:
+        raise CheckpointError(f"`{name}` is not a JSON file: {error}. Nothing was changed.") from None
+    if deep:
+        raise CheckpointError(f"`{name}` is nested more than {MAX_DEPTH} levels deep. Nothing was changed.")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"`{name}` holds a {type(found).__name__}, not an object. Nothing was changed.")
+    return found
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"`{name}` is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_constant(text[:20])
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
+
+
+def _read_pickle(file: BinaryIO, name: str) -> MemoryTensors:
+    """Tensors of a file that `torch.save` wrote; nothing but tensors is taken from it."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            claimed = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeError) as error:
+        raise CheckpointError(
+            f"`{name}` is damaged or not a file of torch.save: {error}. Nothing was changed."
+        ) from None
+    if packed or claimed > file.seek(0, 2):
+        raise CheckpointError(f"`{name}` unpacks to more than its size: it is not read. Nothing was changed.")
+    file.seek(0)
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a hostile pickle makes of the reader
+        raise CheckpointError(
+            f"`{name}` cannot be read as tensors alone ({type(error).__name__}): it is damaged, or holds Python "
+            "objects, which are not loaded. Nothing was changed."
+        ) from None
+    if not isinstance(found, Mapping) or not all(_is_entry(key, value) for key, value in found.items()):
+        raise CheckpointError(f"`{name}` is not a table of tensors by name. Nothing was changed.")
+    return MemoryTensors({key: value.detach() for key, value in found.items()})
+
+
+def _is_entry(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta

@@ -1,0 +1,263 @@
+"""The safetensors format, read with suspicion and written with the same bytes every time.
+
+    8 bytes: length n of the header | n bytes: JSON, name -> dtype, shape, [begin, end) | the tensors' bytes, no gaps
+
+The header is checked as a whole before any tensor is read, and a tensor is read only when it is asked for, into memory
+of its own: a map of the file would change, or end the process, when somebody else writes to that file later. Writing is
+done here too because the safetensors library orders metadata at random; a file without metadata is equal to that
+library's, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from peftlite.checkpoint.keys import shown
+from peftlite.errors import CheckpointError
+
+MAX_HEADER = 32 << 20
+"""Bytes; 200,000 tensors with long names fit."""
+
+_CHUNK = 16 << 20
+_METADATA = "__metadata__"
+_DTYPES = {
+    # in the order in which files are laid out
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+    "F32": "float32",
+    "U32": "uint32",
+    "I32": "int32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "U16": "uint16",
+    "I16": "int16",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+DTYPES: dict[str, torch.dtype] = {
+    k: getattr(torch, v) for k, v in _DTYPES.items() if getattr(torch, v, None) is not None
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_RANK = {code: rank for rank, code in enumerate(_DTYPES)}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file says about one of its tensors; `begin` and `end` count bytes from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int = 0
+    end: int = 0
+
+
+class TensorSource(Protocol):
+    """Tensors by name, whose shapes are known before any of them is read."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, key: str) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+class MemoryTensors:
+    """A `TensorSource` over tensors that are in memory already."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.infos = {key: TensorInfo(t.dtype, tuple(t.shape)) for key, t in tensors.items()}
+
+    def read(self, key: str) -> Tensor:
+        return self._tensors[key].detach()
+
+    def close(self) -> None:
+        pass
+
+
+class SafetensorsFile:
+    """A `TensorSource` over an open safetensors file.
+
+    Raises: CheckpointError if the header is not in order, or does not account for every byte of the file.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        size = file.seek(0, 2)
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
+        if length > MAX_HEADER:
+            raise self._error(f"its header claims {length} bytes, more than the {MAX_HEADER} that are accepted")
+        if length > size - 8:
+            raise self._error(f"its header claims {length} bytes, and the file has {size}")
+        self._start = 8 + length
+        entries = self._parse(file.read(length))
+        self.metadata = self._checked_metadata(entries.pop(_METADATA, {}))
+        self.infos = {key: self._info(key, entry) for key, entry in entries.items()}
+        self._check_layout(size - self._start)
+
+    def _error(self, why: str) -> CheckpointError:
+        return CheckpointError(f"`{self._name}` is damaged or not a safetensors file: {why}. Nothing was changed.")
+
+    def _parse(self, raw: bytes) -> dict[str, Any]:
+        # an honest entry has three brackets in more than 50 bytes; masses of them would only be there to fill memory
+        if raw.count(b"[") + raw.count(b"{") > len(raw) // 12 + 16:
+            raise self._error("its header is not a list of tensors")
+        try:
+            entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
+        except RecursionError:
+            raise self._error("its header is nested too deeply") from None
+        except ValueError as error:
+            raise self._error(f"its header cannot be read ({error})") from None
+        if not isinstance(entries, dict):
+            raise self._error("its header is not a JSON object")
+        return entries
+
+    def _checked_metadata(self, found: Any) -> dict[str, str]:
+        if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+            raise self._error("its metadata is not a table of strings")
+        return found
+
+    def _info(self, key: str, entry: Any) -> TensorInfo:
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise self._error(f"the entry of {shown(key)} is not one of a tensor")
+        code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(code, str) or code not in DTYPES:
+            raise self._error(f"the dtype {shown(str(code))} of {shown(key)} is not known")
+        if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+            raise self._error(f"shape or place of {shown(key)} are not non-negative integers")
+        size = DTYPES[code].itemsize
+        for extent in shape:
+            size *= extent
+        if offsets[1] - offsets[0] != size:
+            raise self._error(f"{shown(key)} has {offsets[1] - offsets[0]} bytes, where its shape needs {size}")
+        return TensorInfo(DTYPES[code], tuple(shape), offsets[0], offsets[1])
+
+    def _check_layout(self, size: int) -> None:
+        at = 0
+        for begin, end, key in sorted((info.begin, info.end, key) for key, info in self.infos.items()):
+            if begin != at:
+                raise self._error(f"{shown(key)} begins at byte {begin} of the data, where {at} was due")
+            at = end
+        if at != size:
+            raise self._error(f"its header accounts for {at} bytes of tensors, and {size} are there")
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, in memory of its own.
+
+        Raises: CheckpointError if the file was cut off since its header was read.
+        """
+        info = self.infos[key]
+        flat = torch.empty(info.end - info.begin, dtype=torch.uint8)
+        self._file.seek(self._start + info.begin)
+        view = _bytes(flat)
+        while view:
+            count = self._file.readinto(view[:_CHUNK])  # type: ignore[attr-defined]
+            if not count:
+                raise self._error(f"{shown(key)} was cut off while it was read")
+            view = view[count:]
+        tensor = flat.view(info.dtype)
+        if sys.byteorder == "big":
+            _swap_bytes(tensor)
+        return tensor.reshape(info.shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 16 and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+
+
+# ---- writing
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors` as a safetensors file. Equal tensors give equal bytes, whatever their order, strides or device.
+
+    Raises: CheckpointError for a tensor that has no values (on the meta device), or no place in the format.
+    """
+    plain = {key: _plain(key, tensor) for key, tensor in tensors.items()}
+    order = sorted(plain, key=lambda key: (_RANK[_CODES[plain[key].dtype]], key))
+    header: dict[str, Any] = {_METADATA: {"format": "pt", **dict(sorted((metadata or {}).items()))}}
+    at = 0
+    for key in order:
+        size = plain[key].numel() * plain[key].dtype.itemsize
+        header[key] = {
+            "dtype": _CODES[plain[key].dtype],
+            "shape": list(plain[key].shape),
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    try:
+        raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    except UnicodeEncodeError as error:
+        name = shown(error.object[error.start - 20 : error.end])
+        raise CheckpointError(f"A tensor's name, near {name}, is not UTF-8. Nothing was changed.") from None
+    raw += b" " * (-len(raw) % 8)
+    file.write(len(raw).to_bytes(8, "little") + raw)
+    for key in order:
+        for chunk in _chunks(plain.pop(key)):
+            file.write(chunk)
+
+
+def _plain(key: str, tensor: Tensor) -> Tensor:
+    """The tensor without subclass, gradient or lazy conjugation; its values stay where they are."""
+    plain = tensor.detach()
+    if type(plain) is not Tensor:
+        plain = _without_subclass(key, plain)
+    if plain.is_meta or plain.layout is not torch.strided or plain.dtype not in _CODES:
+        why = "is on the meta device, and so has no values" if plain.is_meta else f"is {plain.layout}, {plain.dtype}"
+        raise CheckpointError(f"{shown(key)} {why}: it cannot be written. Nothing was changed.")
+    return plain.resolve_conj().resolve_neg()
+
+
+def _without_subclass(key: str, tensor: Tensor) -> Tensor:
+    if not bool(is_traceable_wrapper_subclass(tensor)):
+        return tensor.as_subclass(Tensor)
+    raise CheckpointError(
+        f"{shown(key)} is a {type(tensor).__name__}, whose values are not one dense tensor: gather or dequantise it "
+        "first. Nothing was changed."
+    )
+
+
+def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+    flat = tensor.contiguous().cpu().reshape(-1)
+    if sys.byteorder == "big":
+        flat = flat.clone()
+        _swap_bytes(flat)
+    view = _bytes(flat.view(torch.uint8))
+    for start in range(0, len(view), _CHUNK):
+        yield view[start : start + _CHUNK]
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    return memoryview(cast(Any, flat.numpy()))
+
+
+def _swap_bytes(tensor: Tensor) -> None:
+    cast(Any, tensor.untyped_storage()).byteswap(tensor.dtype)

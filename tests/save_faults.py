@@ -1,0 +1,174 @@
+"""Run by test_files.py in a process of its own: saves that are killed, or fail, at each of their steps.
+
+usage: save_faults.py DIRECTORY         a save with a fault at its step k, for k = 0, 1, ... until it has no more steps;
+                                        prints what is there after each
+       save_faults.py DIRECTORY loop    saves again and again until stdin is closed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftlite.checkpoint import commit
+from peftlite.checkpoint.files import read_adapter, write_adapter
+from peftlite.errors import AdapterFilesNotFoundError, CheckpointError
+
+torch.set_num_threads(1)
+os.fsync = lambda handle: None  # the machine stays up: only the order of steps matters, and disks are slow
+FAILED, STRUCK = 3, 4
+OLD, NEW = '{"r": 1}', '{"r": 2}'
+WEIGHTS = {"old": {"w": torch.zeros(3, 3)}, "new": {"w": torch.ones(3, 3)}}
+
+
+class Fault:
+    """Counts the steps of a save, and strikes at one of them."""
+
+    def __init__(self, strike: Callable[[], None], at: int) -> None:
+        self.strike, self.at, self.steps = strike, at, 0
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps - 1 == self.at:
+            self.strike()
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            self.step()
+            return function(*args, **kwargs)
+
+        return stepped
+
+    def install(self) -> None:
+        for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open"):
+            setattr(os, name, self.around(getattr(os, name)))
+        plain = commit.ChecksumWriter.write
+
+        def write(writer: Any, data: Any) -> int:
+            self.step()
+            half = len(data) // 2
+            plain(writer, data[:half])
+            self.step()  # half of it is on the disk
+            plain(writer, data[half:])
+            return len(data)
+
+        commit.ChecksumWriter.write = write  # type: ignore[method-assign]
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def holds(directory: Path) -> str:
+    """What a reader finds: "none", "old" or "new", each of them whole."""
+    try:
+        with read_adapter(directory) as files:
+            config, weight = files.config, files.tensors.read("w")
+    except AdapterFilesNotFoundError:
+        return "none"
+    name = {1: "old", 2: "new"}[config["r"]]
+    assert torch.equal(weight, WEIGHTS[name]["w"]), f"config of {name}, weights of another"
+    return name
+
+
+def in_child(action: Callable[[], int]) -> int:
+    """Run `action` in a fork; what it returns, FAILED if it raises, or the signal that ends it, negative."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = action()
+        except (CheckpointError, KeyboardInterrupt):
+            code = FAILED
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def prepare(directory: Path, before: str) -> None:
+    if before == "old":
+        write_adapter(directory, OLD, WEIGHTS["old"])
+    if before == "interrupted":  # the old adapter is one whose save was killed between its two files
+        write_adapter(directory, NEW, WEIGHTS["new"])
+
+        def half_published() -> int:
+            replaces = 0
+            plain = os.replace
+
+            def replace(*args: Any) -> None:
+                nonlocal replaces
+                replaces += 1
+                kill() if replaces == 2 else plain(*args)
+
+            os.replace = replace  # type: ignore[assignment]
+            write_adapter(directory, OLD, WEIGHTS["old"])
+            return 0
+
+        assert in_child(half_published) == -signal.SIGKILL
+
+
+def strike_at(directory: Path, before: str, strike: Callable[[], None], at: int) -> tuple[bool, str]:
+    """One save with a fault at step `at`: whether it has so many steps, and what the directory holds."""
+    prepare(directory, before)
+
+    def save() -> int:
+        fault = Fault(strike, at)
+        fault.install()
+        write_adapter(directory, NEW, WEIGHTS["new"])
+        return STRUCK if fault.steps > at else 0
+
+    code = in_child(save)
+    assert code in {0, STRUCK, FAILED, -signal.SIGKILL}, code
+    found = holds(directory)
+    assert code not in {0, STRUCK} or found == "new"
+    write_adapter(directory, NEW, WEIGHTS["new"])  # whatever was left behind, the next save works and cleans up
+    assert holds(directory) == "new"
+    assert len(list(directory.iterdir())) == 2, list(directory.iterdir())
+    return code != 0, found
+
+
+def strike_everywhere(root: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    kills = [("kill", kill, before) for before in ("nothing", "old", "interrupted")]
+    for name, strike, before in [*kills, ("disk-full", disk_full, "old"), ("interrupt", interrupt, "old")]:
+        seen = found[f"{name} {before}"] = []
+        struck = True
+        while struck:
+            struck, held = strike_at(root / name / before / str(len(seen)), before, strike, len(seen))
+            seen.append(held)
+    return found
+
+
+def loop(directory: Path) -> None:
+    """Save until stdin is closed."""
+    print("begun", flush=True)
+    os.set_blocking(0, False)
+    for count in range(1, 1_000_000):
+        write_adapter(directory, f'{{"r": {count}}}', {"r": torch.tensor(count)})
+        with contextlib.suppress(BlockingIOError):
+            if os.read(0, 1) == b"":
+                return
+
+
+if __name__ == "__main__":
+    if sys.argv[2:] == ["loop"]:
+        loop(Path(sys.argv[1]))
+    else:
+        print(json.dumps(strike_everywhere(Path(sys.argv[1]))))

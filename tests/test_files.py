@@ -1,0 +1,520 @@
+"""Adapter files: read with suspicion, written so that a kill at any moment leaves the old adapter or the new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from safetensors.torch import save as save_bytes
+
+from peftlite.checkpoint import commit, files, tensorfile
+from peftlite.checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_adapter, write_adapter
+from peftlite.errors import AdapterFilesNotFoundError, CheckpointError
+
+CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": ["q"]}
+TEXT = json.dumps(CONFIG)
+needs_links = pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return {"q.lora_B.weight": torch.randn(3, 2), "q.lora_A.weight": torch.randn(2, 4), "n": torch.arange(3)}
+
+
+def read(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    with read_adapter(directory) as found:
+        return found.config, {key: found.tensors.read(key) for key in found.tensors.infos}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def put(directory: Path, weights: bytes | None = None, config: bytes = b'{"peft_type": "LORA"}') -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / CONFIG_NAME).write_bytes(config)
+    if weights is not None:
+        (directory / SAFETENSORS_WEIGHTS_NAME).write_bytes(weights)
+    return directory
+
+
+def with_header(header: Any, data: bytes = b"") -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+# ---- what is written
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "deep" / "er", TEXT, tensors())
+    config, found = read(tmp_path / "deep" / "er")
+    assert config == CONFIG
+    assert same(found, tensors())
+    assert sorted(p.name for p in (tmp_path / "deep" / "er").iterdir()) == [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+
+
+def test_bytes_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
+    everything = {
+        f"é {dtype}": torch.arange(6).reshape(2, 3).to(torch.uint8).to(dtype) for dtype in tensorfile.DTYPES.values()
+    }
+    everything |= {"empty": torch.zeros(0, 3), "scalar": torch.tensor(1.5), "": torch.ones(1, dtype=torch.bfloat16)}
+    write_adapter(tmp_path, TEXT, everything)
+    assert (tmp_path / SAFETENSORS_WEIGHTS_NAME).read_bytes() == save_bytes(everything, {"format": "pt"})
+    assert same(read(tmp_path)[1], everything)
+    assert same(load_file(tmp_path / SAFETENSORS_WEIGHTS_NAME), everything)
+
+
+def test_equal_adapters_give_equal_bytes(tmp_path: Path) -> None:
+    metadata = {"b": "2", "a": "1", "c": "3"}
+    write_adapter(tmp_path / "a", TEXT, tensors(), metadata)
+    turned = dict(reversed(list(tensors().items())))
+    turned["q.lora_A.weight"] = turned["q.lora_A.weight"].t().contiguous().t()
+    write_adapter(tmp_path / "b", TEXT, turned, dict(reversed(metadata.items())))
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with read_adapter(tmp_path / "a") as found:
+        assert found.metadata == {"format": "pt", **metadata}
+    load_file(tmp_path / "a" / SAFETENSORS_WEIGHTS_NAME)
+
+
+def test_tensors_of_every_make_are_written_by_value(tmp_path: Path) -> None:
+    class Marked(torch.Tensor):
+        pass
+
+    base = torch.randn(4, 6)
+    made = {
+        "parameter": torch.nn.Parameter(base.clone()),
+        "shared": base,
+        "shared too": base,
+        "strided": base.t()[::2],
+        "expanded": base[:1].expand(4, 6),
+        "subclass": base.as_subclass(Marked),
+        "conjugated": torch.randn(3, dtype=torch.complex64).conj(),
+        "negated": torch.randn(3, dtype=torch.complex64).conj().imag,
+    }
+    write_adapter(tmp_path, TEXT, made)
+    found = read(tmp_path)[1]
+    assert same(found, {k: v.detach().as_subclass(torch.Tensor).clone() for k, v in made.items()})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.empty(2, device="meta"), "meta device"),
+        (torch.eye(2).to_sparse(), "sparse"),
+        (torch.zeros(1, dtype=torch.complex128), "complex128"),
+        (torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged), "Nested"),
+    ],
+)
+def test_a_tensor_without_a_place_in_the_format_is_refused(tmp_path: Path, tensor: torch.Tensor, words: str) -> None:
+    write_adapter(tmp_path, TEXT, tensors())
+    with pytest.raises(CheckpointError, match=f"(?s)`bad`.*{words}"):
+        write_adapter(tmp_path, "{}", {"bad": tensor})
+    assert read(tmp_path)[0] == CONFIG
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_name_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not UTF-8"):
+        write_adapter(tmp_path, TEXT, {"\ud800": torch.ones(1)})
+    assert not (tmp_path / CONFIG_NAME).exists()
+
+
+def test_a_tensor_read_does_not_change_with_the_file(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TEXT, tensors())
+    with read_adapter(tmp_path) as found:
+        kept = found.tensors.read("q.lora_A.weight")
+        path = tmp_path / SAFETENSORS_WEIGHTS_NAME
+        os.truncate(path, path.stat().st_size - 8)  # in place, as other libraries write
+        with pytest.raises(CheckpointError, match="cut off"):
+            [found.tensors.read(key) for key in found.tensors.infos]
+    assert torch.equal(kept, tensors()["q.lora_A.weight"])
+
+
+# ---- what is read
+
+
+def test_pickled_weights_are_read_only_where_there_are_no_others(tmp_path: Path) -> None:
+    put(tmp_path)
+    torch.save(tensors(1), tmp_path / WEIGHTS_NAME)
+    assert same(read(tmp_path)[1], tensors(1))
+    with pytest.raises(CheckpointError, match="allow_pickle"):
+        read_adapter(tmp_path, allow_pickle=False)
+    save_file(tensors(2), tmp_path / SAFETENSORS_WEIGHTS_NAME)
+    assert same(read(tmp_path)[1], tensors(2))
+
+
+class Malice:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("code-was-run",)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"a": Malice()}, Malice(), [torch.ones(1)], {"a": 1}, {1: torch.ones(1)}, {"a": torch.eye(2).to_sparse()}],
+)
+def test_a_pickle_gives_tensors_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path)
+    torch.save(weights, WEIGHTS_NAME)
+    with pytest.raises(CheckpointError, match="tensors"):
+        read_adapter(tmp_path)
+    assert not Path("code-was-run").exists()
+
+
+def test_a_pickle_that_unpacks_to_more_than_its_size_is_not_read(tmp_path: Path) -> None:
+    put(tmp_path)
+    with zipfile.ZipFile(tmp_path / WEIGHTS_NAME, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"0" * 1_000_000)
+    with pytest.raises(CheckpointError, match="unpacks to more"):
+        read_adapter(tmp_path)
+    (tmp_path / WEIGHTS_NAME).write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(CheckpointError, match=r"not a file of torch\.save"):
+        read_adapter(tmp_path)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFilesNotFoundError, match="no directory"):
+        read_adapter(tmp_path / "none")
+    write_adapter(tmp_path / "other", TEXT, tensors())
+    with pytest.raises(AdapterFilesNotFoundError, match=r"(?s)no `adapter_config.json`.*sub-directories `other`"):
+        read_adapter(tmp_path)
+    put(tmp_path)
+    with pytest.raises(AdapterFilesNotFoundError, match=r"no `adapter_model.safetensors`"):
+        read_adapter(tmp_path)
+    assert files.read_config(tmp_path) == {"peft_type": "LORA"}
+    (tmp_path / "other" / CONFIG_NAME).unlink()
+    with read_adapter(tmp_path / "other", config=False) as found:
+        assert found.config == {}
+        assert set(found.tensors.infos) == set(tensors())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (b"", "not a JSON file"),
+        (b"{", "not a JSON file"),
+        (b"[]", "holds a list"),
+        (b"null", "holds a NoneType"),
+        (b'{"r": NaN}', "NaN"),
+        (b'{"r": -Infinity}', "Infinity"),
+        (b'{"r": 1e999}', "1e999"),
+        (b'{"r": ' + b"9" * 5000 + b"}", "not a JSON file"),
+        (b"\xff\xfe{}", "not a JSON file"),
+        (b'{"a":' * 17 + b"1" + b"}" * 17, "deep"),
+        (b"[" * 1_000_000, "deep"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "deep"),
+        (b'{"a": "' + b"x" * files.MAX_CONFIG + b'"}', "larger than"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(tmp_path: Path, config: bytes, words: str) -> None:
+    put(tmp_path, save_bytes(tensors()), config)
+    with pytest.raises(CheckpointError, match=words):
+        read_adapter(tmp_path)
+    with pytest.raises(CheckpointError, match=words):
+        files.read_config(tmp_path)
+
+
+def test_a_byte_order_mark_is_tolerated(tmp_path: Path) -> None:
+    put(tmp_path, config=b"\xef\xbb\xbf{}")
+    assert files.read_config(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (b"", "claims 0 bytes, and the file has 0"),
+        (b"\x00" * 7, "the file has 7"),
+        (struct.pack("<Q", 100) + b"{}", "claims 100 bytes"),
+        (struct.pack("<Q", 2**63) + b"{}", "more than"),
+        (with_header(b"[]"), "not a JSON object"),
+        (with_header(b"{"), "cannot be read"),
+        (with_header(b"\xff"), "cannot be read"),
+        (with_header(b"[" * 1000), "not a list of tensors"),
+        (with_header(b'{"a":1,"a":2}'), "twice"),
+        (with_header({"a": 1}), "not one of a tensor"),
+        (with_header({"a": entry() | {"more": 1}}), "not one of a tensor"),
+        (with_header({"__metadata__": {"a": 1}}), "metadata"),
+        (with_header({"__metadata__": []}), "metadata"),
+        (with_header({"a": entry("F31")}, b"0000"), "`F31`"),
+        (with_header({"a": entry(["F32"])}, b"0000"), "dtype"),
+        (with_header({"a": entry(shape=[-1])}, b"0000"), "non-negative"),
+        (with_header({"a": entry(shape=[True])}, b"0000"), "non-negative"),
+        (with_header({"a": entry(shape=[1.0])}, b"0000"), "non-negative"),
+        (with_header({"a": entry(shape=[1] * 17)}, b"0000"), "non-negative"),
+        (with_header({"a": entry(offsets=[0])}, b"0000"), "non-negative"),
+        (with_header({"a": entry(offsets=[4, 0])}, b"0000"), "needs 4"),
+        (with_header({"a": entry(shape=[2**40, 2**40])}, b"0000"), "needs"),
+        (with_header({"a": entry(shape=[10**9])}, b"0000"), "needs 4000000000"),
+        (with_header({"a": entry(offsets=[4, 8])}, b"0" * 8), "begins at byte 4"),
+        (with_header({"a": entry(), "b": entry()}, b"0" * 4), "begins at byte 0"),
+        (with_header({"a": entry(), "b": entry(offsets=[8, 12])}, b"0" * 12), "begins at byte 8"),
+        (with_header({"a": entry()}, b"0" * 5), "accounts for 4 bytes of tensors, and 5"),
+        (with_header({"a": entry(shape=[10**9], offsets=[0, 4 * 10**9])}, b"0"), "4000000000 bytes of tensors, and 1"),
+    ],
+)
+def test_weights_that_are_none_are_refused(tmp_path: Path, weights: bytes, words: str) -> None:
+    put(tmp_path, weights)
+    with pytest.raises(CheckpointError, match=words):
+        read_adapter(tmp_path)
+
+
+def _read_or_refuse(directory: Path) -> None:
+    try:
+        read(directory)
+    except CheckpointError as error:
+        assert len(str(error)) < 2000  # noqa: PT017
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_spoilt_weights_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    good = bytearray(save_bytes(tensors(), {"format": "pt"}))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(good) - 1))
+        good[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    _read_or_refuse(put(tmp_path_factory.mktemp("fuzz"), bytes(good[: data.draw(st.integers(0, len(good)))])))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=20,
+)
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([*tensorfile.DTYPES, "F4", ""]) | json_values,
+        "shape": st.lists(st.integers(-1, 2**65), max_size=3) | json_values,
+        "data_offsets": st.lists(st.integers(-1, 64), min_size=2, max_size=2) | json_values,
+    }
+)
+
+
+@given(
+    st.dictionaries(st.text(max_size=6) | st.just("__metadata__"), entries | json_values, max_size=4),
+    st.binary(max_size=32),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, header: Any, data: bytes) -> None:
+    _read_or_refuse(put(tmp_path_factory.mktemp("fuzz"), with_header(header, data)))
+
+
+@given(st.binary(max_size=200) | json_values.map(lambda v: json.dumps(v).encode()))
+@settings(max_examples=300, deadline=None)
+def test_any_config_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, config: bytes) -> None:
+    directory = put(tmp_path_factory.mktemp("fuzz"), config=config)
+    try:
+        assert isinstance(files.read_config(directory), dict)
+    except CheckpointError as error:
+        assert len(str(error)) < 2000  # noqa: PT017
+
+
+# ---- paths
+
+
+@needs_links
+def test_links_that_leave_the_directory_are_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "mine", TEXT, tensors())
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        theirs = tmp_path / f"theirs-{name}"
+        write_adapter(theirs, TEXT, tensors())
+        (theirs / name).unlink()
+        for target in (tmp_path / "mine" / name, Path("../mine") / name, Path("sub") / ".." / ".." / "mine" / name):
+            (theirs / "sub").mkdir(exist_ok=True)
+            (theirs / name).symlink_to(target)
+            with pytest.raises(CheckpointError, match="link that leaves"):
+                read_adapter(theirs)
+            (theirs / name).unlink()
+        (theirs / name).symlink_to(theirs / "nothing")
+        with pytest.raises(CheckpointError, match="link to nothing"):
+            read_adapter(theirs)
+        (theirs / name).unlink()
+        (theirs / name).symlink_to(name)
+        with pytest.raises(CheckpointError, match="link to nothing"):
+            read_adapter(theirs)
+
+
+@needs_links
+def test_links_within_the_directory_and_to_the_directory_are_followed(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "real", TEXT, tensors())
+    (tmp_path / "real" / "blob").write_bytes((tmp_path / "real" / SAFETENSORS_WEIGHTS_NAME).read_bytes())
+    (tmp_path / "real" / SAFETENSORS_WEIGHTS_NAME).unlink()
+    (tmp_path / "real" / SAFETENSORS_WEIGHTS_NAME).symlink_to("blob")
+    (tmp_path / "link").symlink_to("real")
+    assert same(read(tmp_path / "link")[1], tensors())
+
+
+@needs_links
+@pytest.mark.parametrize("subfolder", ["", "sub"])
+def test_a_hub_cache_is_read_through_its_links(tmp_path: Path, subfolder: str) -> None:
+    write_adapter(tmp_path / "made", TEXT, tensors())
+    repo = tmp_path / "hub" / "models--a--b"
+    snapshot = repo / "snapshots" / ("0" * 40) / subfolder
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        (repo / "blobs" / f"blob-{name}").write_bytes((tmp_path / "made" / name).read_bytes())
+        (snapshot / name).symlink_to(os.path.relpath(repo / "blobs" / f"blob-{name}", snapshot))
+    assert same(read(snapshot)[1], tensors())
+    (repo / "blobs").rename(tmp_path / "elsewhere")
+    (repo / "blobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="link that leaves"):
+        read_adapter(snapshot)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no named pipes")
+@pytest.mark.parametrize("name", [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+def test_a_pipe_does_not_block(tmp_path: Path, name: str) -> None:
+    write_adapter(tmp_path, TEXT, tensors())
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_adapter(tmp_path)
+
+
+# ---- kills and faults, at every step of a save
+
+
+FAULTS = Path(__file__).with_name("save_faults.py")
+needs_fork = pytest.mark.skipif(os.name == "nt", reason="needs fork and kill")
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What a directory holds after a save with a fault at step 0, 1, ... by kind of fault, and what was there first."""
+    command = [sys.executable, str(FAULTS), str(tmp_path_factory.mktemp("faults"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@needs_fork
+@pytest.mark.parametrize("before", ["nothing", "old", "interrupted"])
+def test_killed_at_any_step_the_directory_holds_the_old_adapter_or_the_new_one(
+    faults: dict[str, list[str]], before: str
+) -> None:
+    found = faults[f"kill {before}"]
+    assert len(found) > 20
+    assert set(found) == {"none" if before == "nothing" else "old", "new"}
+    assert found == sorted(found, key=["none", "old", "new"].index)  # once new, it stays new
+
+
+@needs_fork
+@pytest.mark.parametrize("fault", ["disk-full", "interrupt"])
+def test_a_fault_at_any_step_leaves_the_old_adapter_or_the_new_one(faults: dict[str, list[str]], fault: str) -> None:
+    found = faults[f"{fault} old"]
+    assert len(found) > 20
+    assert set(found) == {"old", "new"}
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_directory_is_named_and_left_alone(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", TEXT, tensors())
+    (tmp_path / "a").chmod(0o500)
+    try:
+        with pytest.raises(CheckpointError, match=r"could not be saved to .*Permission denied"):
+            write_adapter(tmp_path / "a", "{}", {})
+        assert read(tmp_path / "a")[0] == CONFIG
+    finally:
+        (tmp_path / "a").chmod(0o700)
+
+
+def test_a_place_where_no_directory_can_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="could not be saved to"):
+        write_adapter(tmp_path / "file" / "a", TEXT, tensors())
+    with pytest.raises(CheckpointError, match="could not be saved to"):
+        write_adapter(tmp_path / "file", TEXT, tensors())
+    (tmp_path / "a" / CONFIG_NAME).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="is a directory"):
+        write_adapter(tmp_path / "a", TEXT, tensors())
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG_NAME]
+
+
+def _interrupt_after_commit(
+    directory: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], moved: int
+) -> None:
+    """Leave `directory` as a save killed after its commit does, with `moved` of its two files in their place."""
+    write_adapter(directory.with_name("stage"), json.dumps(config), weights)
+    manifest = {}
+    names = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)
+    for name in names:
+        new, old = commit._stamp(directory.with_name("stage") / name), commit._stamp(directory / name)
+        manifest[name] = {"new": new, "old": old}
+    (directory.with_name("stage") / commit.MANIFEST).write_text(json.dumps(manifest))
+    directory.with_name("stage").rename(directory / commit.PENDING)
+    for name in names[:moved]:
+        (directory / commit.PENDING / name).replace(directory / name)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_an_interrupted_save_is_read_and_ended_by_the_next(tmp_path: Path, moved: int) -> None:
+    write_adapter(tmp_path / "a", TEXT, tensors())
+    _interrupt_after_commit(tmp_path / "a", {"r": 5}, tensors(5), moved)
+    config, weights = read(tmp_path / "a")
+    assert config == {"r": 5}
+    assert files.read_config(tmp_path / "a") == {"r": 5}
+    assert same(weights, tensors(5))
+    write_adapter(tmp_path / "a", '{"r": 6}', tensors(6))
+    assert read(tmp_path / "a")[0] == {"r": 6}
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+@pytest.mark.parametrize("name", [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+def test_an_interrupted_save_that_somebody_saved_over_is_not_guessed_at(tmp_path: Path, moved: int, name: str) -> None:
+    write_adapter(tmp_path / "a", TEXT, tensors())
+    _interrupt_after_commit(tmp_path / "a", {"r": 5}, tensors(5), moved)
+    write_adapter(tmp_path / "other", '{"r": 7}', tensors(7))
+    (tmp_path / "a" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(CheckpointError, match="interrupted, and the files were changed since"):
+        read_adapter(tmp_path / "a")
+    write_adapter(tmp_path / "a", '{"r": 8}', tensors(8))
+    assert read(tmp_path / "a")[0] == {"r": 8}
+
+
+def test_leftovers_that_no_save_left_are_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TEXT, tensors())
+    pending = tmp_path / commit.PENDING
+    pending.mkdir()
+    assert read(tmp_path)[0] == CONFIG  # without a manifest there is nothing to end
+    for manifest in (b"{", b"[]", b'{"a": 1}', b'{"../x": {"new": [1, 2], "old": null}}', b"[" * 100_000):
+        (pending / commit.MANIFEST).write_bytes(manifest)
+        with pytest.raises(CheckpointError, match="not what an interrupted save leaves"):
+            read_adapter(tmp_path)
+
+
+@needs_fork
+def test_a_reader_sees_one_save_while_another_process_saves(tmp_path: Path) -> None:
+    """A writer in another process replaces the adapter over and over; config and weights are always of one save."""
+    write_adapter(tmp_path, '{"r": 0}', {"r": torch.tensor(0)})
+    command = [sys.executable, str(FAULTS), str(tmp_path), "loop"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdin is not None
+        writer.stdout.readline()  # it has begun
+        seen = set()
+        for _ in range(300):
+            config, weights = read(tmp_path)
+            assert config["r"] == int(weights["r"])
+            seen.add(config["r"])
+        writer.stdin.close()
+    assert writer.returncode == 0
+    assert len(seen) > 3
