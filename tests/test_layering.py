@@ -26,7 +26,7 @@ ROOMS = (
     ("model",),
     ("auto",),
     ("integrations",),
-    ("as_peft", "cli"),
+    ("as_peft", "cli", "_hooks"),
 )
 CORE = (
     "slots",
@@ -34,6 +34,7 @@ CORE = (
     "hosts",
     "variant",
     "call",
+    "rows",
     "layer",
     "targets",
     "sharding",

@@ -52,6 +52,10 @@ class Call:
         self.programs = tuple(programs)
         self.outer = outer
 
+    def run(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a layer's forward is under this Call."""
+        return self.programs[layer.place](*args, **kwargs)
+
     def of(self, state: AdapterState) -> Call | None:
         """The innermost enclosing Call that is about the model of `state`."""
         call: Call | None = self

@@ -211,7 +211,7 @@ class AdapterLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = current()
         if call is not None and (call := call.of(self.state)) is not None:
-            return call.programs[self.place](*args, **kwargs)
+            return call.run(self, args, kwargs)
         return (self._program or self._bind())(*args, **kwargs)
 
     def program(self, names: Sequence[str]) -> Program:

@@ -14,8 +14,9 @@ from torch import nn
 from peftlite.core.binding import activate, check_exclusive, number, plan_programs, rebind, sync
 from peftlite.core.call import Call, current, using
 from peftlite.core.layer import AdapterLayer
+from peftlite.core.rows import RowsCall, check_rows
 from peftlite.core.slots import View
-from peftlite.core.state import AdapterState, bias_of
+from peftlite.core.state import BASE, AdapterState, bias_of
 from peftlite.core.tree import base_model_of, check_one_state, find_state, layer_places, layers, named_layers
 from peftlite.errors import MergeError, NoAdapterError, PeftliteWarning, StateError
 
@@ -111,14 +112,37 @@ def use_adapter(model: nn.Module, *adapter_names: str) -> AbstractContextManager
     """
     state = state_of(model)
     names = state.checked(adapter_names)
+    check_unmerged(model)
+    check_exclusive(model, names)
+    return using(Call(state, names, plan_programs(model, state, names), current()))
+
+
+def use_adapter_per_row(model: nn.Module, adapter_names: Sequence[str]) -> AbstractContextManager[Call]:
+    """Inside the `with` block, row i of every batch uses `adapter_names[i]`; `"__base__"` is the base model.
+
+    What `use_adapter` says of threads and recomputation holds here too.
+
+    Raises: AdapterNameError, StateError if adapters are merged or there is no row, NoAdapterError. In forward, StateError
+    where a layer's input does not have one entry (or k entries) per row.
+    """
+    state = state_of(model)
+    rows = check_rows(state, adapter_names)
+    check_unmerged(model)
+    programs = {name: plan_programs(model, state, () if name == BASE else (name,)) for name in dict.fromkeys(rows)}
+    return using(RowsCall(state, rows, programs, current()))
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Refuse to choose adapters per call while some are in the weights that every call shares.
+
+    Raises: StateError.
+    """
     merged = merged_adapters(model)
     if merged:
         raise StateError(
             f"`{merged[0]}` is merged into the base model's weights, which every call shares: call `unmerge_adapter` "
             "first. Nothing was changed."
         )
-    check_exclusive(model, names)
-    return using(Call(state, names, plan_programs(model, state, names), current()))
 
 
 @contextmanager
