@@ -1,0 +1,55 @@
+"""What transformers knows of its models: name, type, output head, and where adapters usually go."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from peftlite.config import PeftConfig
+from peftlite.core.inject import ModelFacts, register_model_facts
+from peftlite.errors import ConfigError
+from peftlite.integrations.defaults import default_targets
+
+
+def model_facts(model: nn.Module) -> ModelFacts | None:
+    """The facts of a transformers model; None for any other module."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return None
+    model_type = getattr(model.config, "model_type", None) or None
+    return ModelFacts(
+        name_or_path=model.__dict__.get("name_or_path") or None,
+        model_type=model_type,
+        output_head=output_head(model),
+        default_targets=partial(fill_targets, model_type or type(model).__name__),
+    )
+
+
+def output_head(model: Any) -> nn.Module | None:
+    """The layer that scores the vocabulary, which "all-linear" leaves out; None for models without one."""
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # how composite models say that they have none
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def fill_targets(model_type: str, config: PeftConfig) -> None:
+    """Set `config.target_modules` to what is usual for this type of model.
+
+    Raises: ConfigError if nothing is.
+    """
+    values: Any = config
+    targets = default_targets(model_type, config.peft_type or "")
+    if targets is None:
+        raise ConfigError(
+            f"`target_modules` is None, and there are no default targets for models of type `{model_type}`: name "
+            "modules, for example `all-linear`. Nothing was changed."
+        )
+    values.target_modules = targets
+
+
+register_model_facts(model_facts)

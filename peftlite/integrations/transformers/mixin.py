@@ -1,0 +1,193 @@
+"""transformers' own adapter methods (`model.add_adapter(...)`), for peftlite's adapters and without `peft` installed.
+
+`patch` puts them on `PeftAdapterMixin`, a base class of every `PreTrainedModel`. A model that carries adapters of real
+`peft`, and a config of real `peft`, still go to transformers' own methods.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+import peftlite.integrations.transformers.facts
+import peftlite.tuners  # noqa: F401 - both make known what they have
+from peftlite.config import PeftConfig
+from peftlite.core import lifecycle, status
+from peftlite.core.inject import inject
+from peftlite.core.tree import find_state
+from peftlite.errors import ConfigError, StateError
+
+FLAG = "_hf_peft_config_loaded"
+CONFIGS = "peft_config"
+Method = Callable[..., Any]
+
+
+# ---- the methods that transformers has too
+def add_adapter(model: nn.Module, adapter_config: PeftConfig, adapter_name: str | None = None) -> None:
+    """Add a new adapter, in place, and make it the active one.
+
+    Raises: what `peftlite.plan` raises, and StateError if the model has adapters of real `peft`; the model is then as
+    it was.
+    """
+    name = adapter_name or "default"
+    check_not_foreign(model)
+    inject(model, adapter_config, name)
+    lifecycle.set_adapter(model, name)
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
+    """Use these adapters, and no others, from now on; see `peftlite.set_adapter`."""
+    lifecycle.set_adapter(model, adapter_name)
+
+
+def delete_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
+    """Remove adapters; see `peftlite.delete_adapter`.
+
+    Raises: AdapterNameError if any is unknown; none is removed then.
+    """
+    for name in lifecycle.state_of(model).checked(adapter_names):
+        lifecycle.delete_adapter(model, name)
+
+
+SHARED: dict[str, Method] = {
+    "set_adapter": set_adapter,
+    "enable_adapters": lifecycle.enable_adapters,
+    "disable_adapters": lifecycle.disable_adapters,
+    "active_adapters": lifecycle.active_adapters,
+    "delete_adapter": delete_adapter,
+}
+"""What transformers has too: our functions, for models with our adapters."""
+
+ADDED: dict[str, Method] = {
+    "merge_adapter": lifecycle.merge_adapter,
+    "unmerge_adapter": lifecycle.unmerge_adapter,
+    "merge_and_unload": lifecycle.merge_and_unload,
+    "unload": lifecycle.unload,
+    "disable_adapter": lifecycle.disable_adapter,
+    "scale_adapter": lifecycle.scale_adapter,
+    "print_trainable_parameters": status.print_trainable_parameters,
+    "get_layer_status": status.get_layer_status,
+    "get_model_status": status.get_model_status,
+}
+"""What transformers does not have."""
+
+
+# ---- whose adapters, whose config
+def is_foreign(model: nn.Module) -> bool:
+    """Whether real `peft` put adapters into `model` by transformers' own methods."""
+    return bool(model.__dict__.get(FLAG))
+
+
+def is_foreign_config(config: object) -> bool:
+    """Whether `config` is one of real `peft`."""
+    peft = sys.modules.get("peft")
+    kind = getattr(peft, "PeftConfig", None)
+    return isinstance(kind, type) and isinstance(config, kind) and not isinstance(config, PeftConfig)
+
+
+def check_not_foreign(model: nn.Module) -> None:
+    """Refuse to treat the adapters of real `peft` as ours.
+
+    Raises: StateError.
+    """
+    if is_foreign(model):
+        names = ", ".join(f"`{name}`" for name in model.__dict__.get(CONFIGS, ()))
+        raise StateError(
+            f"{type(model).__name__} has adapters of the `peft` package ({names}): use its functions, or a model "
+            "without them. Nothing was changed."
+        )
+
+
+# ---- the patch
+def patch(modeling_utils: ModuleType) -> None:
+    """Put the methods on the class that every transformers model inherits them from; once per class."""
+    mixin: Any = modeling_utils.PeftAdapterMixin
+    if isinstance(vars(mixin).get(FLAG), property):
+        return
+    for name, ours in SHARED.items():
+        setattr(mixin, name, _either(ours, getattr(mixin, name)))
+    for name, ours in ADDED.items():
+        setattr(mixin, name, _ours_only(ours))
+    mixin.add_adapter = _by_config(add_adapter, mixin.add_adapter)
+    mixin.peft_config = property(_get_configs, _set(CONFIGS), _delete(CONFIGS))
+    setattr(mixin, FLAG, property(_get_flag, _set(FLAG), _delete(FLAG)))
+
+
+def _either(ours: Method, theirs: Method) -> Method:
+    @functools.wraps(ours)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (theirs if is_foreign(self) else ours)(self, *args, **kwargs)
+
+    return method
+
+
+def _ours_only(ours: Method) -> Method:
+    @functools.wraps(ours)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        check_not_foreign(self)
+        return ours(self, *args, **kwargs)
+
+    return method
+
+
+def _by_config(ours: Method, theirs: Method) -> Method:
+    @functools.wraps(ours)
+    def method(self: nn.Module, adapter_config: Any, adapter_name: str | None = None) -> Any:
+        if isinstance(adapter_config, PeftConfig):
+            return ours(self, adapter_config, adapter_name)
+        if not is_foreign_config(adapter_config):
+            raise ConfigError(
+                f"`adapter_config` is `{type(adapter_config).__name__}`, and must be a config such as "
+                "`peftlite.LoraConfig`. Nothing was changed."
+            )
+        check_not_ours(self)
+        return theirs(self, adapter_config, adapter_name)
+
+    return method
+
+
+def check_not_ours(model: nn.Module) -> None:
+    """Refuse to let real `peft` add adapters beside ours.
+
+    Raises: StateError.
+    """
+    state = find_state(model)
+    if state is not None:
+        raise StateError(
+            f"{type(model).__name__} has adapters of peftlite ({', '.join(f'`{name}`' for name in state.configs)}), "
+            "and this is a config of the `peft` package: use `peftlite.LoraConfig`. Nothing was changed."
+        )
+
+
+# ---- what transformers asks a model about its adapters: derived from the adapters that are there
+def _get_flag(self: nn.Module) -> bool:
+    return is_foreign(self) or find_state(self) is not None
+
+
+def _get_configs(self: nn.Module) -> Any:
+    """The configs by adapter; AttributeError without adapters, as in transformers."""
+    state = find_state(self)
+    if state is not None:
+        return state.configs
+    if CONFIGS in self.__dict__:
+        return self.__dict__[CONFIGS]
+    raise AttributeError(f"{type(self).__name__} has no adapters, and so no `{CONFIGS}`")
+
+
+def _set(name: str) -> Callable[[nn.Module, Any], None]:
+    def setter(self: nn.Module, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return setter
+
+
+def _delete(name: str) -> Callable[[nn.Module], None]:
+    def deleter(self: nn.Module) -> None:
+        self.__dict__.pop(name, None)
+
+    return deleter
