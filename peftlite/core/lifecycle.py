@@ -128,7 +128,8 @@ def use_adapter_per_row(model: nn.Module, adapter_names: Sequence[str]) -> Abstr
     state = state_of(model)
     rows = check_rows(state, adapter_names)
     check_unmerged(model)
-    programs = {name: plan_programs(model, state, () if name == BASE else (name,)) for name in dict.fromkeys(rows)}
+    names = dict.fromkeys(rows)
+    programs = {name: plan_programs(model, state, () if name == BASE else (name,)) for name in names}
     return using(RowsCall(state, rows, programs, current()))
 
 

@@ -1,4 +1,4 @@
-"""A batch whose rows use different adapters: which row goes through which adapter, and how a layer runs such a batch."""
+"""A batch whose rows use different adapters: which row is whose, and how a layer runs such a batch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from peftlite.errors import StateError
 class RowsCall(Call):
     """Like a `Call`, with one adapter (or the base model) per row of the batch.
 
-    A layer may be called with k entries per row, row by row (beams, or tokens flattened into the batch); its first dimension
-    then is k times the number of rows.
+    A layer may be called with k entries per row, row by row (beams, or tokens flattened into the batch); its first
+    dimension then is k times the number of rows.
     """
 
     def __init__(
@@ -49,8 +49,9 @@ class RowsCall(Call):
         if layer.host.weight_only or not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] % len(self.rows):
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise StateError(
-                f"`adapter_names` has {len(self.rows)} rows, and a {type(layer.get_base_layer()).__name__} with adapters was "
-                f"called with `{shape}`, which cannot be told apart by row: use one adapter per call. Nothing was changed."
+                f"`adapter_names` has {len(self.rows)} rows, and a {type(layer.get_base_layer()).__name__} with adapters "
+                f"was called with `{shape}`, which cannot be told apart by row: use one adapter per call. Nothing was "
+                "changed."
             )
         each = x.shape[0] // len(self.rows)
         sorted_rows = x.index_select(0, spread(self.perm, each, x.device))
@@ -62,7 +63,7 @@ class RowsCall(Call):
 
 
 def spread(order: Tensor, each: int, device: torch.device) -> Tensor:
-    """The order of entries, where every row of `order` (rows,) stands for `each` consecutive entries: (rows * each,)."""
+    """The order of entries, where every row of `order` (rows,) stands for `each` entries: (rows * each,)."""
     order = order.to(device)
     if each == 1:
         return order
