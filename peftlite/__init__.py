@@ -1,1 +1,153 @@
-"""peftlite: parameter-efficient fine-tuning, wrapped or in place."""
+"""peftlite: parameter-efficient fine-tuning, wrapped or in place.
+
+Names are resolved when they are first used: `import peftlite` imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from peftlite import _hooks, errors
+from peftlite.config import register_loader
+
+if TYPE_CHECKING:
+    from peftlite.base_tuner import LoraModel
+    from peftlite.config import PeftConfig, PeftType, TaskType
+    from peftlite.core.inject import inject, plan
+    from peftlite.core.lifecycle import (
+        active_adapters,
+        delete_adapter,
+        disable_adapter,
+        disable_adapters,
+        enable_adapters,
+        merge_adapter,
+        merge_and_unload,
+        scale_adapter,
+        set_adapter,
+        set_requires_grad,
+        unload,
+        unmerge_adapter,
+        use_adapter,
+    )
+    from peftlite.core.overlay import overlay
+    from peftlite.core.status import (
+        TunerLayerStatus,
+        TunerModelStatus,
+        get_layer_status,
+        get_model_status,
+        print_trainable_parameters,
+    )
+    from peftlite.model import (
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_peft_model,
+        inject_adapter_in_model,
+        wrap,
+    )
+    from peftlite.tuners.lora.config import LoraConfig, LoraRuntimeConfig
+
+__version__ = "0.1.0"
+__all__ = [
+    "LoraConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "TaskType",
+    "TunerLayerStatus",
+    "TunerModelStatus",
+    "active_adapters",
+    "delete_adapter",
+    "disable_adapter",
+    "disable_adapters",
+    "enable_adapters",
+    "errors",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_model",
+    "inject",
+    "inject_adapter_in_model",
+    "merge_adapter",
+    "merge_and_unload",
+    "overlay",
+    "plan",
+    "print_trainable_parameters",
+    "scale_adapter",
+    "set_adapter",
+    "set_requires_grad",
+    "unload",
+    "unmerge_adapter",
+    "use_adapter",
+    "wrap",
+]
+
+_HOMES = {
+    "peftlite.base_tuner": ("LoraModel",),
+    "peftlite.config": ("PeftConfig", "PeftType", "TaskType"),
+    "peftlite.core.inject": ("inject", "plan"),
+    "peftlite.core.lifecycle": (
+        "active_adapters",
+        "delete_adapter",
+        "disable_adapter",
+        "disable_adapters",
+        "enable_adapters",
+        "merge_adapter",
+        "merge_and_unload",
+        "scale_adapter",
+        "set_adapter",
+        "set_requires_grad",
+        "unload",
+        "unmerge_adapter",
+        "use_adapter",
+    ),
+    "peftlite.core.overlay": ("overlay",),
+    "peftlite.core.status": (
+        "TunerLayerStatus",
+        "TunerModelStatus",
+        "get_layer_status",
+        "get_model_status",
+        "print_trainable_parameters",
+    ),
+    "peftlite.model": (
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "get_peft_model",
+        "inject_adapter_in_model",
+        "wrap",
+    ),
+    "peftlite.tuners.lora.config": ("LoraConfig", "LoraRuntimeConfig"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"peftlite has no `{name}`; nearest: {errors.nearest(name, __all__)}.")
+    value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_loader(lambda: import_module("peftlite.tuners"))
+_hooks.install()

@@ -1,0 +1,208 @@
+"""The inner wrapper, PEFT's `LoraModel` and its like: a model's adapters as methods. Every one calls the core."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from peftlite.config import PeftConfig, PeftType
+from peftlite.core import lifecycle
+from peftlite.core.call import Call
+from peftlite.core.inject import inject
+from peftlite.core.tree import Shell, base_model_of, find_state, named_layers
+from peftlite.errors import AdapterNameError, StateError, UnsupportedFeatureError, nearest
+
+
+class Wrapper(Shell):
+    """A module around another one: calls and attributes pass through, the lifecycle of its adapters are methods."""
+
+    inside: ClassVar[str]
+    """The name under which the wrapped module is registered."""
+
+    def inner(self) -> nn.Module:
+        module: Any = self._modules[self.inside]
+        return module  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == self.inside or self.inside not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self.inner(), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner()(*args, **kwargs)
+
+    # ---- what there is
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The config of each adapter."""
+        state = find_state(self)
+        return {} if state is None else state.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters in use."""
+        state = find_state(self)
+        return [] if state is None else list(state.active)
+
+    # ---- which are in use
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Use these adapters, and no others, from now on; see `peftlite.set_adapter`."""
+        lifecycle.set_adapter(self, adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Whether these adapters may train: their parameters require gradients while they are active."""
+        lifecycle.set_requires_grad(self, adapter_names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on again."""
+        lifecycle.enable_adapters(self)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off until `enable_adapter_layers`."""
+        lifecycle.disable_adapters(self)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Calls inside the `with` block run on the base model; afterwards everything is as it was."""
+        return lifecycle.disable_adapter(self)
+
+    def use_adapter(self, *adapter_names: str) -> AbstractContextManager[Call]:
+        """Calls that this thread makes inside the `with` block use these adapters; nothing is written to the model."""
+        return lifecycle.use_adapter(self, *adapter_names)
+
+    def scale_adapter(self, adapter_name: str, factor: float) -> None:
+        """Multiply one adapter's scaling by `factor` on every layer."""
+        lifecycle.scale_adapter(self, adapter_name, factor)
+
+    # ---- merging and leaving
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters (default: the active ones) into the base weights; see `peftlite.merge_adapter`."""
+        lifecycle.merge_adapter(self, adapter_names, safe_merge)
+
+    def unmerge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Take adapters (default: all) out of the base weights again, bit for bit."""
+        lifecycle.unmerge_adapter(self, adapter_names)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge adapters (default: the active ones) for good and give back the base model, without adapter layers."""
+        return lifecycle.merge_and_unload(self, progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """Give back the base model as it was, without adapter layers."""
+        return lifecycle.unload(self)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from every layer; see `peftlite.delete_adapter`."""
+        lifecycle.delete_adapter(self, adapter_name)
+
+
+class BaseTuner(Wrapper):
+    """A model and its adapters of one kind: `BaseTuner.model` is the base model, with the adapters in place.
+
+    Args:
+        model: the base model, changed in place.
+        peft_config: what to add, or a dict that has it under `adapter_name`.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: make the adapter's tensors on the meta device, to be loaded.
+
+    Raises: StateError if `model` has adapters, and what `peftlite.plan` raises; the model is then as it was.
+    """
+
+    inside = "model"
+    kind: ClassVar[PeftType]
+    prefix: ClassVar[str] = ""
+    """What the names of the adapters' parameters begin with."""
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if state_dict is not None:
+            raise UnsupportedFeatureError(
+                "`state_dict` can be given to `inject_adapter_in_model`. Nothing was changed."
+            )
+        check_bare(model)
+        inject(model, _config_named(adapter_name, peft_config), adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        self.model = model
+
+    @classmethod
+    def around(cls, model: nn.Module) -> BaseTuner:
+        """The wrapper of a model that has its adapters already."""
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner.model = model
+        return tuner
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same as `active_adapters`."""
+        return self.active_adapters
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the base model's layers that have adapters (not those trained whole)."""
+        return [path for path, layer in named_layers(self) if layer.tuner.peft_type == self.kind.value]
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The config of a transformers model as a dict; of any other, `{"model_type": "custom"}`."""
+        config = getattr(model, "config", None)
+        if isinstance(config, dict):
+            return config
+        return dict(config.to_dict()) if config is not None else {"model_type": "custom"}
+
+
+class LoraModel(BaseTuner):
+    """A model with LoRA adapters (https://arxiv.org/abs/2106.09685)."""
+
+    kind = PeftType.LORA
+    prefix = "lora_"
+
+
+TUNER_MODELS: dict[PeftType, type[BaseTuner]] = {cls.kind: cls for cls in (LoraModel,)}
+
+
+def tuner_model_for(config: PeftConfig) -> type[BaseTuner]:
+    """The inner wrapper class for adapters of a config's kind."""
+    return TUNER_MODELS[PeftType(str(getattr(config.peft_type, "value", config.peft_type)))]
+
+
+def check_bare(model: nn.Module) -> None:
+    """Refuse to wrap what is wrapped, or has adapters.
+
+    Raises: StateError.
+    """
+    if isinstance(model, Shell):
+        raise StateError(
+            f"`{type(model).__name__}` is a wrapper already: call its `add_adapter` (or `load_adapter`) for another "
+            "adapter, or wrap the base model that its `unload` gives. Nothing was changed."
+        )
+    state = find_state(model)
+    if state is not None:
+        names = ", ".join(f"`{name}`" for name in state.configs)
+        raise StateError(
+            f"{type(base_model_of(model)).__name__} has adapters already ({names}): call `peftlite.wrap(model)` for a "
+            "wrapper around it, and `add_adapter` or `load_adapter` on that for another adapter. Nothing was changed."
+        )
+
+
+def _config_named(name: str, config: PeftConfig | Mapping[str, PeftConfig]) -> PeftConfig:
+    if not isinstance(config, Mapping):
+        return config
+    if name not in config:
+        raise AdapterNameError(f"`peft_config` has no `{name}`; nearest: {nearest(name, config)}. Nothing was changed.")
+    return config[name]
