@@ -153,6 +153,9 @@ def test_the_same_modules_as_peft_adapts(
     event(f"adapted, {len(kept)} saved")
     config = LoraConfig(**values)
     assert set(selection.saved) == kept
+    # where an entry ends inside a name, PEFT adapts the layers of what it trains as a whole too, twice
+    adapted = {path: numbers for path, numbers in adapted.items() if ".original_module." not in path}
+    adapted = {path: numbers for path, numbers in adapted.items() if ".modules_to_save." not in path}
     assert {path: (config.rank_for(path), config.scaling_for(path)) for path in selection.targets} == adapted
 
 
