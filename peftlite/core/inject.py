@@ -27,7 +27,7 @@ from peftlite.core.targets import (
 )
 from peftlite.core.tree import Place, base_model_of, check_one_state, find_state, places
 from peftlite.core.variant import COMPANIONS, TunerSpec, tuner_for
-from peftlite.errors import StateError, TargetNotFoundError, UnsupportedLayerError
+from peftlite.errors import ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError
 
 C = TypeVar("C", bound=PeftConfig)
 
@@ -70,6 +70,7 @@ def plan(
 
     Raises: AdapterNameError, ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError, StateError.
     """
+    check_config(config)
     base = base_model_of(model)
     check_one_state(base)
     state = find_state(base)
@@ -99,6 +100,18 @@ def plan(
 
 
 Wanted = tuple[str, "str | None"]  # the path of a module, and the name of its parameter where it is about one
+
+
+def check_config(config: object) -> None:
+    """Refuse what is no config of ours: another library's, or the arguments in another order.
+
+    Raises: ConfigError.
+    """
+    if not isinstance(config, PeftConfig):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise ConfigError(
+            f"The config is a `{kind}`; it must be one of peftlite, such as `peftlite.LoraConfig`. Nothing was changed."
+        )
 
 
 @dataclass(frozen=True)
