@@ -14,7 +14,7 @@ from peftlite.base_tuner import BaseTuner, Wrapper, check_bare, tuner_model_for
 from peftlite.checkpoint.keys import without_prefix
 from peftlite.config import PeftConfig, PeftType, TaskType
 from peftlite.core import lifecycle, status
-from peftlite.core.inject import inject
+from peftlite.core.inject import check_config, inject
 from peftlite.core.tree import base_model_of, layers
 from peftlite.core.variant import tuner_for
 from peftlite.errors import ConfigError, StateError, UnsupportedFeatureError
@@ -147,6 +147,7 @@ class PeftModel(Wrapper):
 
         Raises: ConfigError for one of another kind, and what `peftlite.plan` raises; nothing is changed then.
         """
+        check_config(peft_config)
         self._check_kind(peft_config)
         inject(
             self,
@@ -157,10 +158,10 @@ class PeftModel(Wrapper):
         )
 
     def _check_kind(self, config: PeftConfig) -> None:
-        kind = getattr(config, "peft_type", None)
-        if kind is not None and kind != self.peft_type:
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind != self.peft_type.value:
             raise ConfigError(
-                f"`peft_type={getattr(kind, 'value', kind)!r}`: this {type(self).__name__} has adapters of the kind "
+                f"`peft_type={kind!r}`: this {type(self).__name__} has adapters of the kind "
                 f"`{self.peft_type.value}`, and all of one model are of one kind. Nothing was changed."
             )
 
@@ -267,6 +268,7 @@ def get_peft_model(
     """
     if mixed:
         raise UnsupportedFeatureError("`mixed` is `True`; it can only be `False`. Nothing was changed.")
+    check_config(peft_config)
     if revision is not None:
         peft_config = peft_config.copy()
         peft_config.revision = revision
