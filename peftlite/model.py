@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.base_tuner import BaseTuner, Wrapper, check_bare, tuner_model_for
-from peftlite.checkpoint.keys import without_prefix
+from peftlite.checkpoint.keys import shown, without_prefix
 from peftlite.config import PeftConfig, PeftType, TaskType
 from peftlite.core import lifecycle, status
 from peftlite.core.inject import check_config, inject
 from peftlite.core.tree import base_model_of, layers
 from peftlite.core.variant import tuner_for
-from peftlite.errors import ConfigError, StateError, UnsupportedFeatureError
+from peftlite.errors import CheckpointError, ConfigError, StateError, UnsupportedFeatureError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -63,8 +63,10 @@ class PeftModel(Wrapper):
         """The wrapper of a model that has its adapters already; see `peftlite.wrap`."""
         wrapper = cls.__new__(cls)
         nn.Module.__init__(wrapper)
-        wrapper.base_model = tuner_model_for(next(iter(lifecycle.state_of(model).configs.values()))).around(model)
-        prepare_for_gradient_checkpointing(model)
+        config = next(iter(lifecycle.state_of(model).configs.values()))
+        inside = base_model_of(model)
+        wrapper.base_model = model if isinstance(model, BaseTuner) else tuner_model_for(config).around(inside)
+        prepare_for_gradient_checkpointing(inside)
         return wrapper
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -322,7 +324,10 @@ def inject_adapter_in_model(
 
 
 def targets_from(state_dict: Mapping[str, Tensor], config: PeftConfig) -> PeftConfig:
-    """A copy of `config` that targets the modules which have weights in `state_dict`, by their whole paths."""
+    """A copy of `config` that targets the modules which have weights in `state_dict`, by their whole paths.
+
+    Raises: CheckpointError if there are none.
+    """
     slots = {slot.name for slot in tuner_for(config).slots}
     paths = set()
     for key in state_dict:
@@ -330,6 +335,11 @@ def targets_from(state_dict: Mapping[str, Tensor], config: PeftConfig) -> PeftCo
         at = next((i for i, part in enumerate(parts) if part in slots), 0)
         if at:
             paths.add(".".join(parts[:at]))
+    if not paths:
+        raise CheckpointError(
+            f"`state_dict` has no weights of a `{tuner_for(config).peft_type}` adapter; its keys are "
+            f"{', '.join(map(shown, list(state_dict)[:3])) or 'none'}. Nothing was changed."
+        )
     selecting: dict[str, Any] = {"target_modules": sorted(paths), "exclude_modules": None, "layers_to_transform": None}
     has = {field.name for field in dataclasses.fields(config)}
     return dataclasses.replace(config.copy(), **{name: v for name, v in selecting.items() if name in has})
