@@ -23,13 +23,10 @@ import torch
 from torch import Tensor
 
 from peftlite.checkpoint import commit
-from peftlite.checkpoint.keys import shown
+from peftlite.checkpoint.hub import missing
+from peftlite.checkpoint.keys import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peftlite.checkpoint.tensorfile import MemoryTensors, SafetensorsFile, TensorSource, write_tensors
-from peftlite.errors import AdapterFilesNotFoundError, CheckpointError
-
-CONFIG_NAME = "adapter_config.json"
-SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
-WEIGHTS_NAME = "adapter_model.bin"
+from peftlite.errors import CheckpointError
 
 MAX_CONFIG = 4 << 20
 """Bytes of a config file."""
@@ -70,14 +67,14 @@ def read_adapter(directory: str | os.PathLike[str], *, config: bool = True, allo
     files = _open(place, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
     try:
         if config and CONFIG_NAME not in files:
-            raise _not_found(place, CONFIG_NAME)
+            raise missing(place, CONFIG_NAME)
         found = _parse_config(files[CONFIG_NAME], str(place / CONFIG_NAME)) if CONFIG_NAME in files else {}
         if SAFETENSORS_WEIGHTS_NAME in files:
             tensors = SafetensorsFile(files[SAFETENSORS_WEIGHTS_NAME], str(place / SAFETENSORS_WEIGHTS_NAME))
             del files[SAFETENSORS_WEIGHTS_NAME]  # the source closes it
             return AdapterFiles(place, found, tensors, tensors.metadata)
         if WEIGHTS_NAME not in files:
-            raise _not_found(place, SAFETENSORS_WEIGHTS_NAME)
+            raise missing(place, SAFETENSORS_WEIGHTS_NAME)
         if not allow_pickle:
             raise CheckpointError(
                 f"`{place}` has `{WEIGHTS_NAME}` only, and `allow_pickle` is False. Nothing was changed."
@@ -96,7 +93,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     place = Path(directory)
     files = _open(place, (CONFIG_NAME,))
     if not files:
-        raise _not_found(place, CONFIG_NAME)
+        raise missing(place, CONFIG_NAME)
     with files[CONFIG_NAME] as file:
         return _parse_config(file, str(place / CONFIG_NAME))
 
@@ -130,28 +127,11 @@ def write_adapter(
         ) from error
 
 
-def has_adapter(directory: str | os.PathLike[str]) -> bool:
-    """Whether `directory` holds an adapter's config."""
-    place = Path(directory)
-    return any(os.path.lexists(at / CONFIG_NAME) for at in (place, place / commit.PENDING))
-
-
 def _write(file: BinaryIO, data: bytes) -> None:
     file.write(data)
 
 
 # ---- reading
-
-
-def _not_found(place: Path, name: str) -> AdapterFilesNotFoundError:
-    if not place.is_dir():
-        return AdapterFilesNotFoundError(f"There is no directory `{place}`. Nothing was changed.")
-    try:
-        inside = sorted(entry.name for entry in place.iterdir() if has_adapter(entry))
-    except OSError:
-        inside = []
-    hint = f"; adapters are in its sub-directories {', '.join(map(shown, inside[:5]))}" if inside else ""
-    return AdapterFilesNotFoundError(f"`{place}` has no `{name}`{hint}. Nothing was changed.")
 
 
 def _open(place: Path, names: tuple[str, ...]) -> dict[str, BinaryIO]:

@@ -1,4 +1,4 @@
-"""Keys of adapter files <-> places in a model, both ways; pure string work.
+"""Names of adapter files, and their keys <-> places in a model, both ways; pure string work.
 
     in a file               base_model.model.model.layers.0.q_proj.lora_A.weight
                             '-- prefix -----''-- path of the layer --''-- suffix -'
@@ -16,6 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice, pairwise
+
+CONFIG_NAME = "adapter_config.json"
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
 
 PREFIX = "base_model.model."
 MODULES_TO_SAVE = "modules_to_save"
