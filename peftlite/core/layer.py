@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftlite.core.call import current
 from peftlite.core.hosts import ALL_ROWS, Dense, Host, ModuleHost, ParamHost, Saved, host_for, swapped, widened
-from peftlite.core.slots import Numbers, SlotContainer, View, parameters_in, replace_tensor
+from peftlite.core.slots import Numbers, ParameterSlot, SlotContainer, View, parameters_in, replace_tensor
 from peftlite.core.state import AdapterState
 from peftlite.core.variant import Program, TunerSpec, Variant
 from peftlite.errors import MergeError, StateError
@@ -394,6 +394,9 @@ class AdapterLayer(nn.Module):
     def _link(self) -> None:
         for number in self.tuner.numbers:
             self.__dict__[number].on_write = self._number_written
+        for module in self._modules.values():
+            if isinstance(module, ParameterSlot):
+                module.__dict__["on_write"] = self.unbind
         self.__dict__["_host"] = None
         self.unbind()
 

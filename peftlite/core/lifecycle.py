@@ -122,8 +122,8 @@ def use_adapter_per_row(model: nn.Module, adapter_names: Sequence[str]) -> Abstr
 
     What `use_adapter` says of threads and recomputation holds here too.
 
-    Raises: AdapterNameError, StateError if adapters are merged or there is no row, NoAdapterError. In forward, StateError
-    where a layer's input does not have one entry (or k entries) per row.
+    Raises: AdapterNameError, StateError if adapters are merged or there is no row, NoAdapterError. In forward,
+    StateError where a layer's input does not have one entry (or k entries) per row.
     """
     state = state_of(model)
     rows = check_rows(state, adapter_names)

@@ -46,12 +46,13 @@ class RowsCall(Call):
         if len(self.groups) == 1:
             return self.by_name[self.groups[0][0]][layer.place](*args, **kwargs)
         x = args[0] if args else None
-        if layer.host.weight_only or not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] % len(self.rows):
+        by_row = isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] % len(self.rows) == 0
+        if layer.host.weight_only or not isinstance(x, Tensor) or not by_row:
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            kind = type(layer.get_base_layer()).__name__
             raise StateError(
-                f"`adapter_names` has {len(self.rows)} rows, and a {type(layer.get_base_layer()).__name__} with adapters "
-                f"was called with `{shape}`, which cannot be told apart by row: use one adapter per call. Nothing was "
-                "changed."
+                f"`adapter_names` has {len(self.rows)} rows, and a {kind} with adapters was called with `{shape}`, which "
+                "cannot be told apart by row: use one adapter per call. Nothing was changed."
             )
         each = x.shape[0] // len(self.rows)
         sorted_rows = x.index_select(0, spread(self.perm, each, x.device))

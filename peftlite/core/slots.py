@@ -25,7 +25,29 @@ class ModuleSlot(nn.ModuleDict):
 
 
 class ParameterSlot(nn.ParameterDict):
-    """An `nn.ParameterDict` that takes any adapter name, and so keeps its parameters by key alone."""
+    """An `nn.ParameterDict` that takes any adapter name, and so keeps its parameters by key alone.
+
+    Compiled code has parameters bound (see `View`), so `on_write` is called when one is replaced by another.
+    """
+
+    on_write: Callable[[], None] | None = None
+
+    def _replaced(self) -> None:
+        if self.on_write is not None:
+            self.on_write()
+
+    def __setattr__(self, name: str, value: Any) -> None:  # how `load_state_dict(assign=True)` replaces a parameter
+        super().__setattr__(name, value)
+        if name in self._parameters:
+            self._replaced()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParameterSlot:
+        moved: ParameterSlot = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._replaced()
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "on_write"}
 
     def _get_name(self) -> str:
         return "ParameterDict"
@@ -35,6 +57,7 @@ class ParameterSlot(nn.ParameterDict):
 
     def __setitem__(self, key: str, parameter: Any) -> None:
         self._parameters[key] = parameter
+        self._replaced()
 
     def __delitem__(self, key: str) -> None:
         del self._parameters[key]
@@ -153,7 +176,7 @@ class View:
     """What one adapter owns on one layer: `a.lora_A` is `layer.lora_A[name]`.
 
     A lens, made when a program is bound: modules and numbers are looked up then, parameters (which assign-loading
-    replaces) each time.
+    replaces) each time, but for compiled code, where a name would be a guard and so cost a graph per adapter.
     """
 
     def __init__(self, layer: Any, name: str) -> None:
@@ -164,10 +187,17 @@ class View:
                 setattr(self, slot.name, layer._modules[slot.name]._modules[name])
         for number in layer.tuner.numbers:
             setattr(self, number, layer.__dict__[number].get(name))
+        self.bound: dict[str, Any] = {
+            slot.name: layer._modules[slot.name][name]
+            for slot in layer.tuner.slots
+            if slot.kind is not ModuleSlot and name in layer._modules[slot.name]
+        }
 
     def __getattr__(self, slot: str) -> Any:
         if slot.startswith("__"):
             raise AttributeError(slot)
+        if torch.compiler.is_compiling():
+            return self.bound[slot]
         return self.layer._modules[slot][self.name]
 
 

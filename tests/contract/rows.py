@@ -134,7 +134,7 @@ class Holder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
         if self.channels_first:
-            y = y.flatten(2).transpose(1, 2)
+            y = y.flatten(2).transpose(1, 2).contiguous()
         z: Tensor = self.head(y)
         return z
 
