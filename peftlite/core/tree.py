@@ -119,8 +119,13 @@ def base_biases(model: nn.Module, bias: str) -> Iterator[nn.Parameter]:
     """The base model's own biases that `bias="all"` or `bias="lora_only"` trains."""
     if bias == "none":
         return
+    replaced: list[str] = []  # modules trained whole: their own biases are out of use
     for place in places(base_model_of(model), inside_layers=True):
-        if isinstance(place.module, AdapterLayer) or (
+        if isinstance(place.module, AdapterLayer):
+            if place.module.tuner.base_slot != "base_layer":
+                replaced.append(f"{place.path}.")
+            continue
+        if place.path.startswith(tuple(replaced)) or (
             bias == "lora_only" and not isinstance(place.parent, AdapterLayer)
         ):
             continue
