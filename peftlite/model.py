@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import Parameter, Signature
 from typing import Any, TypeVar
 
@@ -70,12 +71,20 @@ class PeftModel(Wrapper):
         return wrapper
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the base model does with these arguments, with the active adapters."""
-        return self.base_model(*args, **_without_routing(kwargs))
+        """What the base model does with these arguments and the active adapters, or with one for each row.
+
+        `adapter_names` has the name of an adapter for each row of the batch; `"__base__"` stands for the base model.
+        """
+        with self._rows(kwargs.pop("adapter_names", None)):
+            return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, with the active adapters."""
-        return self.get_base_model().generate(*args, **_without_routing(kwargs))  # type: ignore[operator]
+        """The base model's `generate`, with the active adapters, or with `adapter_names`, one for each row."""
+        with self._rows(kwargs.pop("adapter_names", None)):
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _rows(self, names: Sequence[str] | None) -> AbstractContextManager[object]:
+        return nullcontext() if names is None else lifecycle.use_adapter_per_row(self, names)
 
     # ---- what there is
     @property
@@ -354,12 +363,3 @@ def prepare_for_gradient_checkpointing(model: nn.Module) -> None:
         enable()
     elif (embeddings := getattr(model, "get_input_embeddings", None)) is not None:
         embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-
-
-def _without_routing(kwargs: dict[str, Any]) -> dict[str, Any]:
-    if kwargs.pop("adapter_names", None) is not None:
-        raise UnsupportedFeatureError(
-            "`adapter_names` (an adapter for each row) is not built yet: call `with model.use_adapter(name):` around "
-            "calls of one adapter each. Nothing was changed."
-        )
-    return kwargs
