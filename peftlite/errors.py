@@ -14,7 +14,8 @@
 
     PeftliteWarning (UserWarning)
 
-Each message says what was asked, the offending value in backticks, the nearest valid choice and that nothing was changed.
+Each message says what was asked, the offending value in backticks, the nearest valid choice, and that nothing was
+changed.
 """
 
 from __future__ import annotations

@@ -134,15 +134,13 @@ class _Log:
         if stretch.last == stretch.first + 1 and self.stretches[-1:] == [stretch]:
             self.stretches.pop()  # no node was made in it
 
-    def find(self, number: int) -> _Stretch | None:
-        """The innermost stretch around `number`."""
+    def find(self, number: int) -> Call | None:
+        """The Call of the innermost stretch around `number`."""
         upto = bisect_right(self.stretches, number, key=lambda s: s.first)
-        return next((s for s in reversed(self.stretches[:upto]) if s.last > number), None)
+        return next((s.call for s in reversed(self.stretches[:upto]) if s.last > number), None)
 
     def enclosing(self, task: int) -> Call | None:
         """The Call recomputed by the backward pass around this one: a reentrant checkpoint inside another."""
-        if _reentrant_depth() < 2:
-            return None
         return next((call for other, call in reversed(self.tasks) if other != task), None)
 
     def note(self, task: int, call: Call | None) -> None:
@@ -177,13 +175,18 @@ def _recall() -> Call | None:
     """
     task = torch._C._current_graph_task_id()
     number = int(torch._C._current_autograd_node()._sequence_nr())
-    if torch._C._is_key_in_tls(_TLS_KEY):
-        log = _log()
-        found = log.find(number)
-        call = found.call if found is not None else log.enclosing(task)
-        log.note(task, call)
-        return call
-    calls = {id(s.call): s.call for s in (log.find(number) for log in list(_logs)) if s is not None}
+    log = _log()
+    if _reentrant_depth() > 1:
+        call = log.enclosing(task)
+    else:
+        call = log.find(number) if log.stretches else _find_elsewhere(number)
+    log.note(task, call)
+    return call
+
+
+def _find_elsewhere(number: int) -> Call | None:
+    """For a thread that made no Call itself: the one that another thread made around `number`."""
+    calls = {id(call): call for call in (log.find(number) for log in list(_logs)) if call is not None}
     if len(calls) > 1:
         raise StateError(
             "backward() runs in another thread than forward, with gradient checkpointing and several threads that "

@@ -51,8 +51,8 @@ class RowsCall(Call):
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             kind = type(layer.get_base_layer()).__name__
             raise StateError(
-                f"`adapter_names` has {len(self.rows)} rows, and a {kind} with adapters was called with `{shape}`, which "
-                "cannot be told apart by row: use one adapter per call. Nothing was changed."
+                f"`adapter_names` has {len(self.rows)} rows, and a {kind} with adapters was called with `{shape}`, "
+                "which cannot be told apart by row: use one adapter per call. Nothing was changed."
             )
         each = x.shape[0] // len(self.rows)
         sorted_rows = x.index_select(0, spread(self.perm, each, x.device))

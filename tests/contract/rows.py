@@ -1,4 +1,4 @@
-"""The rows of the contract: every tuner and variant, every kind of layer, every dtype. Adding a row tests everything."""
+"""The rows of the contract: every tuner and variant, every kind of layer, every dtype."""
 
 from __future__ import annotations
 
