@@ -11,19 +11,15 @@ from typing import Any, ClassVar, Final
 from peftlite.checks import (
     check_bool,
     check_choice,
-    check_indices,
     check_int,
-    check_names,
-    check_names_or_regex,
     check_number,
     check_pattern,
-    check_regex,
     show,
-    wrong,
 )
 from peftlite.config import PeftConfig, PeftType, register_config
 from peftlite.core.targets import match_pattern
 from peftlite.errors import ConfigError, UnsupportedFeatureError, nearest
+from peftlite.tuners.fields import check_probability, check_targets
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,7 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_unbuilt()
-        self._check_targets()
+        check_targets(self)
         self._check_numbers()
         self._check_flags()
 
@@ -169,36 +165,10 @@ class LoraConfig(PeftConfig):
                 )
             setattr(self, name, {} if off == {} else off)
 
-    def _check_targets(self) -> None:
-        self.target_modules = check_names_or_regex("target_modules", self.target_modules)
-        self.exclude_modules = check_names_or_regex("exclude_modules", self.exclude_modules)
-        self.target_parameters = check_names("target_parameters", self.target_parameters)
-        self.modules_to_save = check_names("modules_to_save", self.modules_to_save, sort=False)
-        self.layers_to_transform = check_indices("layers_to_transform", self.layers_to_transform)
-        if isinstance(self.layers_pattern, str):
-            check_regex("layers_pattern", self.layers_pattern)
-        else:
-            self.layers_pattern = check_names("layers_pattern", self.layers_pattern, sort=False)
-            for pattern in self.layers_pattern or ():
-                check_regex("layers_pattern", pattern)
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) not in (None, [], ""):
-                raise ConfigError(
-                    f"`{name}` is {show(getattr(self, name))}, but it only works with names in `target_modules`, "
-                    f"in a list; that is {show(self.target_modules)}. Nothing was changed."
-                )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError(
-                f"`layers_pattern` is {show(self.layers_pattern)}, but `layers_to_transform` does not say "
-                "which layers; give it their indices. Nothing was changed."
-            )
-
     def _check_numbers(self) -> None:
         self.r = check_int("r", self.r, 1)
         self.lora_alpha = check_number("lora_alpha", self.lora_alpha)
-        self.lora_dropout = check_number("lora_dropout", self.lora_dropout)
-        if not 0 <= self.lora_dropout < 1:
-            raise wrong("lora_dropout", self.lora_dropout, "a probability below 1 (and not below 0)")
+        self.lora_dropout = check_probability("lora_dropout", self.lora_dropout)
         self.rank_pattern = check_pattern("rank_pattern", self.rank_pattern, lambda name, r: check_int(name, r, 1))
         self.alpha_pattern = check_pattern("alpha_pattern", self.alpha_pattern, check_number)
 

@@ -1,0 +1,59 @@
+"""The config fields that most methods have, checked in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftlite.checks import check_indices, check_names, check_names_or_regex, check_number, check_regex, show, wrong
+from peftlite.config import PeftConfig
+from peftlite.errors import ConfigError
+
+
+def check_targets(config: PeftConfig) -> None:
+    """Bring the fields that name modules, as far as `config` has them, into their plain form.
+
+    Raises: ConfigError.
+    """
+    fields: dict[str, Any] = config.__dict__
+    for name in ("target_modules", "exclude_modules"):
+        if name in fields:
+            fields[name] = check_names_or_regex(name, fields[name])
+    if "target_parameters" in fields:
+        fields["target_parameters"] = check_names("target_parameters", fields["target_parameters"])
+    if "modules_to_save" in fields:
+        fields["modules_to_save"] = check_names("modules_to_save", fields["modules_to_save"], sort=False)
+    if "layers_to_transform" in fields:
+        fields["layers_to_transform"] = check_indices("layers_to_transform", fields["layers_to_transform"])
+        fields["layers_pattern"] = _layers_pattern(fields["layers_pattern"])
+        _check_layers(fields)
+
+
+def _layers_pattern(value: Any) -> list[str] | str | None:
+    if isinstance(value, str):
+        return check_regex("layers_pattern", value)
+    names = check_names("layers_pattern", value, sort=False)
+    for name in names or ():
+        check_regex("layers_pattern", name)
+    return names
+
+
+def _check_layers(fields: dict[str, Any]) -> None:
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(fields["target_modules"], str) and fields[name] not in (None, [], ""):
+            raise ConfigError(
+                f"`{name}` is {show(fields[name])}, but it only works with names in `target_modules`, "
+                f"in a list; that is {show(fields['target_modules'])}. Nothing was changed."
+            )
+    if fields["layers_pattern"] and fields["layers_to_transform"] is None:
+        raise ConfigError(
+            f"`layers_pattern` is {show(fields['layers_pattern'])}, but `layers_to_transform` does not say "
+            "which layers; give it their indices. Nothing was changed."
+        )
+
+
+def check_probability(field: str, value: object) -> float:
+    """A probability below 1: of dropping something, which must leave something."""
+    number = check_number(field, value)
+    if not 0 <= number < 1:
+        raise wrong(field, value, "a probability below 1 (and not below 0)")
+    return number
