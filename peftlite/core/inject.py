@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -39,6 +39,9 @@ class ModelFacts:
     name_or_path: str | None = None
     model_type: str | None = None
     output_head: nn.Module | None = None
+    embeddings: tuple[nn.Module, ...] = ()
+    """The layers with one row per token: the table of inputs, and the output head."""
+    vocab_size: int | None = None
     default_targets: Callable[[PeftConfig], None] | None = None
     """Fills in the config's targets for this type of model, if there are defaults for it."""
 
@@ -293,20 +296,20 @@ def inject(
     Raises: what `plan` raises; the model is then as it was.
     """
     planned = plan(model, config, adapter_name, unmatched=unmatched, autocast_adapter_dtype=autocast_adapter_dtype)
-    commit(planned, low_cpu_mem_usage, not config.inference_mode if trainable is None else trainable)
+    built = [site.variant.init(site.host, planned.placement(site, low_cpu_mem_usage)) for site in planned.sites]
+    commit(planned, built, not config.inference_mode if trainable is None else trainable)
     return planned
 
 
-def commit(planned: InjectionPlan, low_cpu_mem_usage: bool, trainable: bool) -> None:
-    """Make all tensors, which may fail, and then attach them, which cannot."""
+def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable: bool) -> None:
+    """Attach what was made for each site of a plan, which cannot fail."""
     base, name = planned.model, planned.adapter_name
-    built = [(site, site.variant.init(site.host, planned.placement(site, low_cpu_mem_usage))) for site in planned.sites]
     state = find_state(base)
     first = state is None
     if state is None:
         state = AdapterState()
         freeze(base)
-    for site, values in built:
+    for site, values in zip(planned.sites, built, strict=True):
         layer = layer_at(site, state)
         layer.__dict__["shared_weight"] = site.shared
         layer.add(name, site.variant, values)

@@ -20,10 +20,13 @@ def model_facts(model: nn.Module) -> ModelFacts | None:
     if not isinstance(model, PreTrainedModel):
         return None
     model_type = getattr(model.config, "model_type", None) or None
+    found = input_table(model), output_head(model)
     return ModelFacts(
         name_or_path=model.__dict__.get("name_or_path") or None,
         model_type=model_type,
-        output_head=output_head(model),
+        output_head=found[1],
+        embeddings=tuple(layer for layer in found if layer is not None),
+        vocab_size=getattr(model.config.get_text_config(), "vocab_size", None),
         default_targets=partial(fill_targets, model_type or type(model).__name__),
     )
 
@@ -35,6 +38,15 @@ def output_head(model: Any) -> nn.Module | None:
     except (AttributeError, NotImplementedError):  # how composite models say that they have none
         return None
     return head if isinstance(head, nn.Module) else None
+
+
+def input_table(model: Any) -> nn.Module | None:
+    """The layer that turns tokens into vectors; None for models without one."""
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return table if isinstance(table, nn.Module) else None
 
 
 def fill_targets(model_type: str, config: PeftConfig) -> None:
