@@ -16,6 +16,7 @@ from peftlite.checkpoint.keys import shown, without_prefix
 from peftlite.config import PeftConfig, PeftType, TaskType
 from peftlite.core import lifecycle, status
 from peftlite.core.inject import check_config, inject
+from peftlite.core.targets import UnmatchedPolicy
 from peftlite.core.tree import base_model_of, layers
 from peftlite.core.variant import tuner_for
 from peftlite.errors import CheckpointError, ConfigError, StateError, UnsupportedFeatureError
@@ -32,6 +33,7 @@ class PeftModel(Wrapper):
         adapter_name: the adapter's name.
         autocast_adapter_dtype: keep adapters in fp32 on a base in half precision.
         low_cpu_mem_usage: make the adapter's tensors on the meta device, to be loaded.
+        unmatched: what to do about entries of the config that match nothing: "error", "warn" or "ignore".
 
     Raises: StateError if `model` has adapters, and what `peftlite.plan` raises; the model is then as it was.
     """
@@ -46,6 +48,8 @@ class PeftModel(Wrapper):
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        *,
+        unmatched: UnmatchedPolicy = "error",
     ) -> None:
         super().__init__()
         check_bare(model)
@@ -55,6 +59,7 @@ class PeftModel(Wrapper):
             adapter_name,
             low_cpu_mem_usage=low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            unmatched=unmatched,
         )
         self.base_model = tuner_model_for(peft_config).around(model)
         prepare_for_gradient_checkpointing(model)
@@ -153,6 +158,8 @@ class PeftModel(Wrapper):
         peft_config: PeftConfig,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
+        *,
+        unmatched: UnmatchedPolicy = "error",
     ) -> None:
         """Add another adapter of the same kind; `set_adapter` makes it the active one.
 
@@ -166,6 +173,7 @@ class PeftModel(Wrapper):
             adapter_name,
             low_cpu_mem_usage=low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            unmatched=unmatched,
         )
 
     def _check_kind(self, config: PeftConfig) -> None:
@@ -267,10 +275,13 @@ def get_peft_model(
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
+    *,
+    unmatched: UnmatchedPolicy = "error",
 ) -> PeftModel:
     """Add an adapter to `model`, in place, and wrap it in the class that belongs to the config's task.
 
-    The config is copied; `revision`, of the base model, goes into the copy.
+    The config is copied; `revision`, of the base model, goes into the copy. `unmatched="warn"` or `"ignore"` accepts
+    entries of the config that match nothing, of a list shared between models.
 
     Raises:
         StateError: `model` is a wrapper or has adapters.
@@ -289,6 +300,7 @@ def get_peft_model(
         adapter_name,
         autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,
+        unmatched=unmatched,
     )
 
 
@@ -317,6 +329,8 @@ def inject_adapter_in_model(
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    unmatched: UnmatchedPolicy = "error",
 ) -> M:
     """Add an adapter to any torch module, in place, make it the active one, and give the module back.
 
@@ -326,7 +340,7 @@ def inject_adapter_in_model(
     Raises: what `peftlite.plan` raises; the model is then as it was.
     """
     config = peft_config if state_dict is None else targets_from(state_dict, peft_config)
-    inject(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    inject(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, unmatched=unmatched)
     if lifecycle.active_adapters(model) != [adapter_name]:
         lifecycle.set_adapter(model, adapter_name)
     return model
