@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 import peftlite
@@ -451,3 +452,17 @@ def test_lora_model_stands_alone() -> None:
         assert isinstance(wrap(model), PeftModel)
     with pytest.raises(errors.AdapterNameError, match="`b`; nearest: `a`"):
         LoraModel(tiny("llama"), {"a": config}, "b")
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_the_wrapper_compiles_to_one_graph(task: str | None) -> None:
+    torch._dynamo.reset()
+    model = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj", "v_proj"], task_type=task)).eval()
+    fill(model)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled: Any = torch.compile(model, backend=counter, fullgraph=True)
+    ids = batch("llama")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+        compiled(input_ids=ids.flip(0))
+    assert counter.frame_count == 1
