@@ -125,12 +125,16 @@ class Found:
     """Where modules are; of adapter layers, not what is inside."""
     inside: dict[str, Place]
     """Where modules inside adapter layers are."""
+    modules: dict[int, list[Place]] = field(default_factory=dict)
+    """id of a module -> its places; one that is in several gets one adapter, in all of them."""
     uses: dict[int, set[int]] = field(default_factory=dict)
     """id of a parameter -> ids of the modules that have it."""
 
     @classmethod
     def of(cls, base: nn.Module) -> Found:
         found = cls({place.path: place for place in places(base)}, {})
+        for place in found.places.values():
+            found.modules.setdefault(id(place.module), []).append(place)
         for place in places(base, inside_layers=True):
             if place.path not in found.places:
                 found.inside[place.path] = place
@@ -138,6 +142,11 @@ class Found:
                 if parameter is not None:
                     found.uses.setdefault(id(parameter), set()).add(id(place.module))
         return found
+
+    def everywhere(self, path: str) -> tuple[Place, ...]:
+        """All places of the module at this path, the first of the model's first."""
+        module = self.at(path).module
+        return tuple(self.modules.get(id(module), (self.at(path),)))
 
     def at(self, path: str) -> Place:
         """The place of this path."""
@@ -225,15 +234,12 @@ def with_inner(found: Found, wanted: Iterable[Wanted]) -> list[Wanted]:
 
 
 def make_sites(found: Found, wanted: Iterable[Wanted], tuner: TunerSpec, config: PeftConfig) -> list[Site]:
-    """One site per module or parameter; a module in several of the places gets one adapter, in all of them.
+    """One site per module or parameter.
 
     Raises: UnsupportedLayerError.
     """
     variant = tuner.variant_for(config)
-    grouped: dict[tuple[int, str | None], list[Place]] = {}
-    for path, param in wanted:
-        place = found.at(path)
-        grouped.setdefault((id(place.module), param), []).append(place)
+    grouped = {(id(found.at(path).module), param): found.everywhere(path) for path, param in wanted}
     sites, refused = [], []
     for (_, param), group in grouped.items():
         path = group[0].path if param is None else f"{group[0].path}.{param}"
@@ -243,7 +249,7 @@ def make_sites(found: Found, wanted: Iterable[Wanted], tuner: TunerSpec, config:
             refused.append(f"`{path}` ({reason})")
             continue
         rank, parameters = variant.size(host, config, path)
-        sites.append(Site(tuple(group), tuner, variant, host, rank, parameters, param, found.shares_weight(host)))
+        sites.append(Site(group, tuner, variant, host, rank, parameters, param, found.shares_weight(host)))
     if refused:
         raise UnsupportedLayerError(
             f"{tuner.peft_type} cannot adapt {', '.join(refused[:5])}{' ...' if len(refused) > 5 else ''}. "

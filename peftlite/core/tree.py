@@ -106,7 +106,9 @@ def check_one_state(model: nn.Module) -> None:
 
     Raises: StateError.
     """
-    owners = {id(layer.state): path for path, layer in reversed(list(named_layers(model)))}
+    owners: dict[int, str] = {}
+    for path, layer in named_layers(model):
+        owners.setdefault(id(layer.state), path)
     if len(owners) > 1:
         first, second, *_ = owners.values()
         raise StateError(
