@@ -43,7 +43,7 @@ class ModelFacts:
     """The layers with one row per token: the table of inputs, and the output head."""
     vocab_size: int | None = None
     default_targets: Callable[[PeftConfig], None] | None = None
-    """Fills in the config's targets for this type of model, if there are defaults for it."""
+    """Fills in those fields of a config that name modules and are None, with what is usual for this type of model."""
 
 
 _FACTS: list[Callable[[nn.Module], ModelFacts | None]] = []
@@ -179,11 +179,10 @@ def innermost(module: nn.Module) -> nn.Module:
 def choose(base: nn.Module, config: PeftConfig, found: Found, facts: ModelFacts) -> Selection:
     """Which modules the config means, task heads included."""
     values: Any = config
-    if values.to_dict().get("target_modules") is None:
-        if values.to_dict().get("target_parameters"):
-            values.target_modules = []
-        elif facts.default_targets is not None:
-            facts.default_targets(config)
+    if values.to_dict().get("target_modules") is None and values.to_dict().get("target_parameters"):
+        values.target_modules = []
+    if facts.default_targets is not None:
+        facts.default_targets(config)
     heads = [name for companion in COMPANIONS for name in companion.optional(config)]
     present = sorted({head for head in heads if any(path.rpartition(".")[2] == head for path in found.places)})
     if present:

@@ -10,7 +10,7 @@ from torch import nn
 from peftlite.config import PeftConfig
 from peftlite.core.inject import ModelFacts, register_model_facts
 from peftlite.errors import ConfigError
-from peftlite.integrations.defaults import default_targets
+from peftlite.integrations.defaults import default_feedforward, default_targets
 
 
 def model_facts(model: nn.Module) -> ModelFacts | None:
@@ -50,11 +50,15 @@ def input_table(model: Any) -> nn.Module | None:
 
 
 def fill_targets(model_type: str, config: PeftConfig) -> None:
-    """Set `config.target_modules` to what is usual for this type of model.
+    """Set `config.target_modules`, and `feedforward_modules`, to what is usual for this type of model where None.
 
-    Raises: ConfigError if nothing is.
+    Raises: ConfigError if there are no default targets.
     """
     values: Any = config
+    if "feedforward_modules" in values.__dict__ and values.feedforward_modules is None:
+        values.feedforward_modules = default_feedforward(model_type, config.peft_type or "")
+    if values.target_modules is not None:
+        return
     targets = default_targets(model_type, config.peft_type or "")
     if targets is None:
         raise ConfigError(
