@@ -83,6 +83,10 @@ class AdapterLayer(nn.Module):
             module = module.wrapped
         return module
 
+    def own(self, rows: slice = ALL_ROWS) -> Dense:
+        """The base layer's own weight and bias (of some rows), whatever is merged."""
+        return self.host.read(self._saved, rows)
+
     @property
     def active_adapters(self) -> list[str]:
         """The adapters in use on this layer: the model's, unless `set_adapter` was called on the layer itself."""
@@ -175,7 +179,7 @@ class AdapterLayer(nn.Module):
         """The trainable parameters of one adapter on this layer."""
         for slot in self.tuner.slots:
             container = self.container(slot.name)
-            if slot.trainable and name in container:
+            if slot.trainable and name in container and slot.name not in self.variants[name].frozen:
                 yield from parameters_in(container[name])
 
     def tensors(self, name: str) -> dict[str, Tensor]:

@@ -40,6 +40,8 @@ class Variant:
     """Whether `merge` exists; an adapter that replaces its module is taken over by `unload` instead."""
     exclusive = False
     """Whether at most one active adapter of a layer may be of this kind."""
+    frozen: frozenset[str] = frozenset()
+    """Slots that do not train, of those that do for other variants of the same tuner."""
 
     def check(self, host: Host, config: Any, path: str) -> str | None:
         """Why this variant cannot adapt `host`, or None if it can. Called in the plan, before anything is touched."""
