@@ -39,14 +39,12 @@ UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
         "eva_config": None,
         "corda_config": None,
         "lora_ga_config": None,
-        "use_dora": False,
         "velora_config": None,
         "alora_invocation_tokens": None,
         "use_qalora": False,
         "qalora_group_size": 16,
         "monteclora_config": None,
         "layer_replication": None,
-        "runtime_config": LoraRuntimeConfig(),
         "use_bdlora": None,
         "arrow_config": None,
         "kasa_config": None,
@@ -174,8 +172,11 @@ class LoraConfig(PeftConfig):
 
     def _check_flags(self) -> None:
         self.bias = check_choice("bias", self.bias, BIASES)
+        self.use_dora = bool(self.use_dora is not None and check_bool("use_dora", self.use_dora))
         for name in ("fan_in_fan_out", "use_rslora", "lora_bias"):
             check_bool(name, getattr(self, name))
+        if self.lora_bias and self.use_dora:
+            raise ConfigError("`lora_bias` is `True`, which has no form with `use_dora`. Nothing was changed.")
         if isinstance(self.init_lora_weights, bool):
             return
         self._check_init(self.init_lora_weights)

@@ -29,15 +29,41 @@ def factors(host: Host, r: int, at: Placement) -> dict[str, Any]:
 
 
 @singledispatch
-def outer(host: Host, a: View, rows: slice) -> Tensor:
-    """B A in the canonical layout, without scaling, for some rows of it."""
+def pair(host: Host, a: View) -> tuple[Tensor, Tensor]:
+    """(A, B) as matrices (r, in * kernel) and (out, r), views of the parameters."""
     raise NotImplementedError(host.label)
 
 
 @singledispatch
-def low_rank(host: Host, a: View, x: Tensor) -> Tensor:
-    """B A applied to x, without scaling."""
-    raise NotImplementedError(host.label)
+def outer(host: Host, a: View, rows: slice) -> Tensor:
+    """B A in the canonical layout, without scaling, for some rows of it."""
+    return product(host, *pair(host, a), rows)
+
+
+@singledispatch
+def entering(host: Host, a: View, x: Tensor) -> Tensor:
+    """What the first factor is given for the layer's input x: in the factors' dtype, after dropout."""
+    entered: Tensor = a.lora_dropout(x.to(a.lora_A.weight.dtype))
+    return entered
+
+
+@singledispatch
+def drops(host: Host, a: View) -> bool:
+    """Whether `entering` drops something now."""
+    return bool(a.lora_dropout.training and type(a.lora_dropout) is not nn.Identity)
+
+
+@singledispatch
+def low_rank(host: Host, a: View, entered: Tensor) -> Tensor:
+    """B A applied to what `entering` gave, without scaling; by calling the modules, so that hooks on them run."""
+    y: Tensor = a.lora_B(a.lora_A(entered))
+    return y
+
+
+@singledispatch
+def along_output(host: Host, per_row: Tensor) -> Tensor:
+    """A vector of one number per row of the weight (out,), shaped to be multiplied with the layer's output."""
+    return per_row
 
 
 @singledispatch
@@ -77,16 +103,9 @@ def _(host: LinearHost, r: int, at: Placement) -> dict[str, Any]:
     return {"lora_A": build_linear(into, r, A), "lora_B": build_linear(r, out, B, bias)}
 
 
-@outer.register
-def _(host: LinearHost, a: View, rows: slice) -> Tensor:
-    A: Tensor = a.lora_A.weight
-    B: Tensor = a.lora_B.weight
-    return widened(B if rows == ALL_ROWS else B[rows]) @ widened(A)  # (out, r) @ (r, in) -> (out, in)
-
-
-@low_rank.register
-def _(host: LinearHost, a: View, x: Tensor) -> Tensor:
-    return through_modules(a, x)
+@pair.register
+def _(host: LinearHost, a: View) -> tuple[Tensor, Tensor]:
+    return a.lora_A.weight, a.lora_B.weight
 
 
 @bias_of_B.register
@@ -109,17 +128,25 @@ def _(host: EmbeddingHost, r: int, at: Placement) -> dict[str, Any]:
     return {"lora_embedding_A": nn.Parameter(A, False), "lora_embedding_B": nn.Parameter(B, False)}
 
 
-@outer.register
-def _(host: EmbeddingHost, a: View, rows: slice) -> Tensor:
-    A: Tensor = a.lora_embedding_A
-    B: Tensor = a.lora_embedding_B
-    return widened(B if rows == ALL_ROWS else B[rows]) @ widened(A)  # (dim, r) @ (r, num) -> (dim, num)
+@pair.register
+def _(host: EmbeddingHost, a: View) -> tuple[Tensor, Tensor]:
+    return a.lora_embedding_A, a.lora_embedding_B
+
+
+@entering.register
+def _(host: EmbeddingHost, a: View, x: Tensor) -> Tensor:
+    return x
+
+
+@drops.register
+def _(host: EmbeddingHost, a: View) -> bool:
+    return False
 
 
 @low_rank.register
-def _(host: EmbeddingHost, a: View, x: Tensor) -> Tensor:
+def _(host: EmbeddingHost, a: View, entered: Tensor) -> Tensor:
     B: Tensor = a.lora_embedding_B
-    return host.apply(x, a.lora_embedding_A) @ B.T
+    return host.apply(entered, a.lora_embedding_A) @ B.T
 
 
 @cannot_adapt.register
@@ -151,17 +178,14 @@ def _(host: ConvHost, r: int, at: Placement) -> dict[str, Any]:
     return {"lora_A": A, "lora_B": B}
 
 
-@outer.register
-def _(host: ConvHost, a: View, rows: slice) -> Tensor:
-    A: Tensor = a.lora_A.weight
-    B: Tensor = a.lora_B.weight
-    product = widened(B if rows == ALL_ROWS else B[rows]).flatten(1) @ widened(A).flatten(1)
-    return product.view(-1, *A.shape[1:])  # (out, r) @ (r, in * kernel) -> (out, in, *kernel)
+@pair.register
+def _(host: ConvHost, a: View) -> tuple[Tensor, Tensor]:
+    return a.lora_A.weight.flatten(1), a.lora_B.weight.flatten(1)
 
 
-@low_rank.register
-def _(host: ConvHost, a: View, x: Tensor) -> Tensor:
-    return through_modules(a, x)
+@along_output.register
+def _(host: ConvHost, per_row: Tensor) -> Tensor:
+    return per_row.view(-1, *[1] * (len(host.shape) - 2))
 
 
 @bias_of_B.register
@@ -232,6 +256,11 @@ def type_of(host: Host) -> type[nn.Module]:
     return kind
 
 
+def product(host: Host, A: Tensor, B: Tensor, rows: slice) -> Tensor:
+    """B A for some rows, in at least fp32: (out, r) @ (r, in * kernel) -> (out, in, *kernel)."""
+    return (widened(B if rows == ALL_ROWS else B[rows]) @ widened(A)).view(-1, *host.shape[1:])
+
+
 def uniform(shape: tuple[int, ...], fan_in: int, at: Placement) -> Tensor:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initialisation of `nn.Linear`."""
     bound = 1 / math.sqrt(fan_in)
@@ -241,9 +270,3 @@ def uniform(shape: tuple[int, ...], fan_in: int, at: Placement) -> Tensor:
 def zeros(shape: tuple[int, ...], at: Placement) -> Tensor:
     """Zeros where the adapter goes."""
     return torch.zeros(shape, dtype=at.dtype, device=at.device)
-
-
-def through_modules(a: View, x: Tensor) -> Tensor:
-    """B(A(dropout(x))) by calling the modules, so that whatever was hooked onto them runs."""
-    y: Tensor = a.lora_B(a.lora_A(a.lora_dropout(x.to(a.lora_A.weight.dtype))))
-    return y

@@ -1,0 +1,73 @@
+"""Low-rank adaptation: the formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftlite.core.hosts import ALL_ROWS, Host
+from peftlite.core.slots import View
+from peftlite.core.variant import Additive, Placement, Program
+from peftlite.tuners.lora.bound import BoundLinear, suits
+from peftlite.tuners.lora.config import LoraConfig
+from peftlite.tuners.lora.factors import (
+    bias_of_B,
+    cannot_adapt,
+    entering,
+    entries,
+    factors,
+    low_rank,
+    not_expressible,
+    outer,
+)
+
+
+class Lora(Additive):
+    """LoRA (https://arxiv.org/abs/2106.09685): W' = W + scaling * B A, scaling = alpha / r (rsLoRA: alpha / sqrt(r)).
+
+    Slots: lora_A (r, in), lora_B (out, r); embeddings have lora_embedding_A (r, num), lora_embedding_B (dim, r). One
+    factor starts at zero, so that a fresh adapter is the identity. The product is computed in the factors' dtype.
+    """
+
+    by_rows = True
+
+    def check(self, host: Host, config: Any, path: str) -> str | None:
+        return cannot_adapt(host, config, path)
+
+    def init(self, host: Host, at: Placement) -> dict[str, Any]:
+        config: LoraConfig = at.config
+        site = config.for_site(at.path)
+        return {
+            **factors(host, site.r, at),
+            "lora_dropout": nn.Dropout(site.dropout) if site.dropout else nn.Identity(),
+            "r": site.r,
+            "lora_alpha": site.alpha,
+            "scaling": site.scaling,
+        }
+
+    def size(self, host: Host, config: Any, path: str) -> tuple[int | None, int]:
+        r: int = config.for_site(path).r
+        return r, entries(host, r) + (host.shape[0] if config.lora_bias else 0)
+
+    def delta(self, a: View, rows: slice = ALL_ROWS) -> Tensor:
+        scaling: float = a.scaling
+        return outer(a.layer.host, a, rows) * scaling
+
+    def delta_forward(self, a: View, x: Tensor) -> Tensor:
+        host: Host = a.layer.host
+        scaling: float = a.scaling
+        return low_rank(host, a, entering(host, a, x)) * scaling
+
+    def delta_bias(self, a: View) -> Tensor | None:
+        bias = bias_of_B(a.layer.host, a)
+        return None if bias is None else bias * a.scaling
+
+    def bind(self, a: View, slow: Program) -> Program | None:
+        return BoundLinear(a, slow) if type(self) is Lora and suits(a) else None
+
+    def why_not_merge(self, a: View) -> str | None:
+        host: Host = a.layer.host
+        if bias_of_B(host, a) is not None and host.bias is None:
+            return "it has a `lora_bias`, and the base layer has no bias to merge it into"
+        return not_expressible(host)

@@ -1,0 +1,77 @@
+"""LoRA that begins away from zero, and yet as the identity: what its factors were at first is subtracted.
+
+PEFT writes W - scaling B0 A0 into the base layer instead, so that a disabled adapter, a second one, or `unload` find
+other weights than the model came with. Here the base layer stays as it is. The first factors lie beside the live ones,
+as buffers that no state dict and no file has: they follow from the base weight, and are made again when one is loaded.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftlite.core.hosts import ALL_ROWS, Host, LinearHost
+from peftlite.core.slots import View
+from peftlite.core.variant import Program
+from peftlite.tuners.lora.factors import entering, low_rank, outer, pair, product
+from peftlite.tuners.lora.plain import Lora
+
+START = "start"
+
+
+def set_start(A: nn.Module, B: nn.Module, start: tuple[Tensor, Tensor]) -> None:
+    """Note what the factors of a linear layer were at first."""
+    for factor, first in zip((A, B), start, strict=True):
+        factor.register_buffer(START, first, persistent=False)
+
+
+@singledispatch
+def start_of(host: Host, a: View) -> tuple[Tensor, Tensor] | None:
+    """(A0, B0), what the factors were at first, where that is subtracted."""
+    return None
+
+
+@start_of.register
+def _(host: LinearHost, a: View) -> tuple[Tensor, Tensor] | None:
+    A: Tensor | None = a.lora_A._buffers.get(START)
+    B: Tensor | None = a.lora_B._buffers.get(START)
+    return None if A is None or B is None else (A, B)
+
+
+def net_pair(host: Host, a: View) -> tuple[Tensor, Tensor]:
+    """Matrices whose product is all of the update, scaling aside: [A; A0] and [B, -B0], or A and B without a start."""
+    A, B = pair(host, a)
+    start = start_of(host, a)
+    if start is None:
+        return A, B
+    return torch.cat([A, start[0]]), torch.cat([B, -start[1]], 1)
+
+
+class Shifted(Lora):
+    """W' = W + scaling (B A - B0 A0), where A0 and B0 are what the factors were at first (zero: plain LoRA)."""
+
+    def low_rank(self, a: View, x: Tensor, entered: Tensor) -> Tensor:
+        """The update applied to x, without scaling; `entered` is x after dropout, which the first factors never see."""
+        host: Host = a.layer.host
+        y = low_rank(host, a, entered)
+        start = start_of(host, a)
+        if start is None:
+            return y
+        return y - F.linear(F.linear(x.to(start[0].dtype), start[0]), start[1])
+
+    def delta(self, a: View, rows: slice = ALL_ROWS) -> Tensor:
+        host: Host = a.layer.host
+        scaling: float = a.scaling
+        if start_of(host, a) is None:
+            return outer(host, a, rows) * scaling
+        return product(host, *net_pair(host, a), rows) * scaling
+
+    def delta_forward(self, a: View, x: Tensor) -> Tensor:
+        scaling: float = a.scaling
+        return self.low_rank(a, x, entering(a.layer.host, a, x)) * scaling
+
+    def bind(self, a: View, slow: Program) -> Program | None:
+        return super().bind(a, slow) if start_of(a.layer.host, a) is None else None
