@@ -63,12 +63,16 @@ TUNERS: dict[str, Make] = {
     "lora-lora_bias": lora(lora_bias=True),
     "lora-gaussian": lora(init_lora_weights="gaussian"),
     "lora-modules_to_save": lora(modules_to_save=["head"]),
+    "lora-dora": lora(use_dora=True),
+    "lora-dora-rslora": lora(use_dora=True, use_rslora=True, lora_dropout=0.3),
 }
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 UNSUPPORTED: dict[tuple[str, str], str] = {
     ("lora-lora_bias", "embedding"): "lora_bias",
+    ("lora-dora", "conv2d-groups"): "use_dora",
+    ("lora-dora-rslora", "conv2d-groups"): "use_dora",
 }
 """Combinations that the plan refuses, and what its message names."""
 
