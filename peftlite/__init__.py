@@ -12,7 +12,7 @@ from peftlite import _hooks, errors
 from peftlite.config import register_loader
 
 if TYPE_CHECKING:
-    from peftlite.base_tuner import LoraModel
+    from peftlite.base_tuner import IA3Model, LoHaModel, LoKrModel, LoraModel
     from peftlite.config import PeftConfig, PeftType, TaskType
     from peftlite.core.inject import inject, plan
     from peftlite.core.lifecycle import (
@@ -50,10 +50,19 @@ if TYPE_CHECKING:
         inject_adapter_in_model,
         wrap,
     )
+    from peftlite.tuners.ia3 import IA3Config
+    from peftlite.tuners.loha import LoHaConfig
+    from peftlite.tuners.lokr import LoKrConfig
     from peftlite.tuners.lora.config import LoraConfig, LoraRuntimeConfig
 
 __version__ = "0.1.0"
 __all__ = [
+    "IA3Config",
+    "IA3Model",
+    "LoHaConfig",
+    "LoHaModel",
+    "LoKrConfig",
+    "LoKrModel",
     "LoraConfig",
     "LoraModel",
     "LoraRuntimeConfig",
@@ -95,7 +104,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "peftlite.base_tuner": ("LoraModel",),
+    "peftlite.base_tuner": ("IA3Model", "LoHaModel", "LoKrModel", "LoraModel"),
     "peftlite.config": ("PeftConfig", "PeftType", "TaskType"),
     "peftlite.core.inject": ("inject", "plan"),
     "peftlite.core.lifecycle": (
@@ -133,6 +142,9 @@ _HOMES = {
         "inject_adapter_in_model",
         "wrap",
     ),
+    "peftlite.tuners.ia3": ("IA3Config",),
+    "peftlite.tuners.loha": ("LoHaConfig",),
+    "peftlite.tuners.lokr": ("LoKrConfig",),
     "peftlite.tuners.lora.config": ("LoraConfig", "LoraRuntimeConfig"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

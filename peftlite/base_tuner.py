@@ -173,7 +173,30 @@ class LoraModel(BaseTuner):
     prefix = "lora_"
 
 
-TUNER_MODELS: dict[PeftType, type[BaseTuner]] = {cls.kind: cls for cls in (LoraModel,)}
+class IA3Model(BaseTuner):
+    """A model with (IA)^3 adapters (https://arxiv.org/abs/2205.05638)."""
+
+    kind = PeftType.IA3
+    prefix = "ia3_"
+
+
+class LoHaModel(BaseTuner):
+    """A model with LoHa adapters (https://arxiv.org/abs/2108.06098)."""
+
+    kind = PeftType.LOHA
+    prefix = "hada_"
+
+
+class LoKrModel(BaseTuner):
+    """A model with LoKr adapters (https://arxiv.org/abs/2212.10650)."""
+
+    kind = PeftType.LOKR
+    prefix = "lokr_"
+
+
+TUNER_MODELS: dict[PeftType, type[BaseTuner]] = {
+    cls.kind: cls for cls in (LoraModel, IA3Model, LoHaModel, LoKrModel)
+}
 
 
 def tuner_model_for(config: PeftConfig) -> type[BaseTuner]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peftlite
-from peftlite import LoraConfig
+from peftlite import IA3Config, LoHaConfig, LoKrConfig, LoraConfig
 from peftlite.core.tree import layers
 
 IN, OUT, BATCH, LENGTH, VOCAB = 12, 10, 3, 5, 20
@@ -56,6 +56,20 @@ def lora(**fields: Any) -> Make:
     return lambda **more: LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["layer"], **fields, **more})
 
 
+def of(config: Callable[..., peftlite.PeftConfig], **fields: Any) -> Make:
+    """Any other method, on the layer to adapt."""
+    return lambda **more: config(**{"target_modules": ["layer"], **fields, **more})
+
+
+def ia3(*, feedforward: bool) -> Make:
+    """Feed-forward modules are among the targets, whichever those are."""
+
+    def make(target_modules: Any = ("layer",), **more: Any) -> peftlite.PeftConfig:
+        return IA3Config(target_modules=target_modules, feedforward_modules=["layer"] if feedforward else [], **more)
+
+    return make
+
+
 TUNERS: dict[str, Make] = {
     "lora": lora(),
     "lora-rslora": lora(use_rslora=True),
@@ -65,6 +79,13 @@ TUNERS: dict[str, Make] = {
     "lora-modules_to_save": lora(modules_to_save=["head"]),
     "lora-dora": lora(use_dora=True),
     "lora-dora-rslora": lora(use_dora=True, use_rslora=True, lora_dropout=0.3),
+    "ia3": ia3(feedforward=False),
+    "ia3-feedforward": ia3(feedforward=True),
+    "loha": of(LoHaConfig, r=2),
+    "loha-effective": of(LoHaConfig, r=2, use_effective_conv2d=True),
+    "lokr": of(LoKrConfig, r=4),
+    "lokr-low_rank": of(LoKrConfig, r=1, decompose_both=True, decompose_factor=2),
+    "lokr-effective": of(LoKrConfig, r=1, use_effective_conv2d=True),
 }
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -73,13 +94,14 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
     ("lora-lora_bias", "embedding"): "lora_bias",
     ("lora-dora", "conv2d-groups"): "use_dora",
     ("lora-dora-rslora", "conv2d-groups"): "use_dora",
+    **{(tuner, "embedding"): "Embedding" for tuner in TUNERS if not tuner.startswith("lora")},
 }
 """Combinations that the plan refuses, and what its message names."""
 
 UNMERGEABLE = {
     ("lora-lora_bias", "linear-no-bias"),
     ("lora-lora_bias", "conv3d"),
-    *((tuner, "conv2d-groups") for tuner in TUNERS),
+    *((tuner, "conv2d-groups") for tuner in TUNERS if tuner.startswith("lora")),
 }
 """Combinations whose effect cannot be written into the base layer."""
 
