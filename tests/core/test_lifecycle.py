@@ -280,7 +280,7 @@ def test_merging_while_disabled_is_refused(fresh: Net) -> None:
 def test_what_cannot_be_merged_is_said_before_anything_is() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False))
     peftlite.inject_adapter_in_model(LoraConfig(target_modules=["0", "1"], lora_bias=True), model)
-    with pytest.raises(MergeError, match="`default`.*`1`.*lora_bias"):
+    with pytest.raises(MergeError, match=r"`default`.*`1`.*lora_bias"):
         peftlite.merge_adapter(model)
     assert not any(layer.merged for layer in layers(model))
 
@@ -290,7 +290,7 @@ def test_copies_of_one_module_cannot_be_active_together() -> None:
     for name in ("a", "b"):
         config = LoraConfig(target_modules=["first"], modules_to_save=["second"])
         peftlite.inject_adapter_in_model(config, model, name)
-    with pytest.raises(AdapterNameError, match="`a` and `b`.*`second`"):
+    with pytest.raises(AdapterNameError, match=r"`a` and `b`.*`second`"):
         peftlite.set_adapter(model, ["a", "b"])
     assert peftlite.active_adapters(model) == ["b"]
 
