@@ -9,6 +9,7 @@ to anything of yours. How files are written is told in `checkpoint/commit.py`.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -96,6 +97,14 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise missing(place, CONFIG_NAME)
     with files[CONFIG_NAME] as file:
         return _parse_config(file, str(place / CONFIG_NAME))
+
+
+def read_json(path: Path | None) -> dict[str, Any]:
+    """What a config file of a base model says; empty if there is none that can be read."""
+    try:
+        return {} if path is None else _parse_config(cast(BinaryIO, io.BytesIO(path.read_bytes())), str(path))
+    except (OSError, CheckpointError):
+        return {}
 
 
 def write_adapter(

@@ -97,6 +97,19 @@ def resolve(
     return _download(text, options, subfolder, config_file, weights)
 
 
+def local_file(id_or_dir: str, name: str, revision: str | None = None) -> Path | None:
+    """A file of a directory, or of a repository as far as it is in the cache: the hub is not asked."""
+    if os.path.isdir(id_or_dir):
+        path = Path(id_or_dir) / name
+        return path if path.is_file() else None
+    if not is_repo_id(id_or_dir):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(id_or_dir, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
 def push_to_hub(
     directory: str | os.PathLike[str],
     repo_id: str,

@@ -1,0 +1,269 @@
+"""Saving and loading adapters of any model, wrapped or not: the same files from both shapes, all of a file or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.checkpoint.card import Card, write_card
+from peftlite.checkpoint.files import read_adapter, write_adapter
+from peftlite.checkpoint.hub import resolve
+from peftlite.checkpoint.keys import shown, with_prefix, without_prefix
+from peftlite.checkpoint.report import LoadReport
+from peftlite.checkpoint.state_dict import adapter_tensors, apply, bare, check_unmerged, stage
+from peftlite.checkpoint.targets import Blueprint, live_targets, spots
+from peftlite.checkpoint.tensorfile import TensorInfo, TensorSource
+from peftlite.config import HubOptions, PeftConfig, config_from_dict
+from peftlite.core.binding import number, rebind
+from peftlite.core.inject import commit, facts_of, plan
+from peftlite.core.layer import AdapterLayer
+from peftlite.core.lifecycle import set_requires_grad, state_of
+from peftlite.core.tree import base_model_of, find_state, layer_places, layers
+from peftlite.core.variant import Placement
+from peftlite.errors import CheckpointError
+
+DEFAULT = "default"
+
+
+# ---- saving
+
+
+def save_adapter(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    *,
+    selected_adapters: Collection[str] | None = None,
+    save_embedding_layers: bool | str = "auto",
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write adapters of `model` to a directory: `default` into it, others into sub-directories of their names.
+
+    Each adapter is written at once, or not at all. The files are those of PEFT, and depend neither on the model's shape
+    nor on what is active, merged or enabled.
+
+    Args:
+        model: a wrapper, or a model with adapters in place.
+        save_directory: where to; made if needed.
+        selected_adapters: which adapters; all by default.
+        save_embedding_layers: whether the base model's embeddings are included. "auto": those with adapters on them, or
+            all if their number of rows was changed.
+        is_main_process: processes that say False write nothing.
+        state_dict: take the tensors from this state dict of `model`, gathered from shards.
+
+    Raises: NoAdapterError, AdapterNameError, CheckpointError if the file system refuses or a tensor cannot be written.
+    """
+    model = bare(model)
+    state = state_of(model)
+    names = state.checked(state.configs if selected_adapters is None else selected_adapters)
+    files = {
+        name: (saved_config(model, name), adapter_tensors(model, name, save_embedding_layers, state_dict))
+        for name in names
+    }
+    if not is_main_process:
+        return
+    place = Path(save_directory)
+    for name, (config, tensors) in files.items():
+        write_adapter(place if name == DEFAULT else place / name, config.to_json(), tensors)
+    if files:
+        write_card(place, card_of(model, next(iter(files.values()))[0]))
+
+
+def saved_config(model: nn.Module, name: str) -> PeftConfig:
+    """The config that goes into an adapter's file, whatever is true of it here and now."""
+    base = base_model_of(model)
+    config = state_of(model).configs[name].copy()
+    config.inference_mode = True
+    config.base_model_name_or_path = config.base_model_name_or_path or facts_of(base).name_or_path
+    if config.task_type is None:
+        kind = type(base)
+        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return config
+
+
+def card_of(model: nn.Module, config: PeftConfig) -> Card:
+    """What the model card says of an adapter."""
+    task = getattr(config.task_type, "value", config.task_type)
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    return Card(config.base_model_name_or_path, kind, task, facts_of(model).model_type is not None)
+
+
+# ---- loading
+
+
+def load_adapter(
+    model: nn.Module,
+    id_or_dir: str | os.PathLike[str],
+    adapter_name: str = DEFAULT,
+    *,
+    is_trainable: bool = False,
+    config: PeftConfig | None = None,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    strict: bool = True,
+    torch_device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    hub: HubOptions | None = None,
+) -> LoadReport:
+    """Load an adapter from a directory or a hub repository into `model`, in place; all of it, or nothing.
+
+    The model may be bare or have adapters. A new adapter becomes active if it is the first. If the model has an adapter
+    of this name already, its tensors are overwritten in place.
+
+    Args:
+        model: any module, wrapped or not.
+        id_or_dir: where the files are.
+        adapter_name: what to call the adapter.
+        is_trainable: whether the adapter may train, once it is active.
+        config: in place of the one in the file.
+        autocast_adapter_dtype: keep adapters in fp32 on a base in half precision.
+        low_cpu_mem_usage: no tensor is made before it is loaded anyway, so this changes nothing.
+        strict: False leaves out whatever does not fit, with a warning, and says in the report what that was.
+        torch_device: where the adapter's tensors go; by default, to the layers that they are for.
+        key_mapping: regular expression -> replacement, for keys (without `base_model.model.`) of other libraries; the
+            first that is found in a key counts.
+        hub: subfolder, revision, token, ...
+
+    Raises:
+        AdapterFilesNotFoundError: there are no such files.
+        CheckpointError: they cannot be trusted, or do not fit: tensors are missing, unexpected, of another shape or
+            kind, or not finite.
+        ConfigError, TargetNotFoundError, UnsupportedLayerError: the config cannot be used with this model.
+        AdapterNameError, StateError: the name is not allowed; the adapter is merged.
+    """
+    model = bare(model)
+    place = resolve(id_or_dir, hub, config_file=config is None)
+    with read_adapter(place, config=config is None) as files:
+        chosen = config_from_dict(files.config) if config is None else config.copy()
+        chosen.inference_mode = not is_trainable
+        source = Renamed(files.tensors, key_mapping) if key_mapping else files.tensors
+        loader = Loader(model, adapter_name, chosen, source, f"The adapter in `{place}`", strict)
+        state = find_state(model)
+        if state is not None and adapter_name in state.configs:
+            return loader.overwrite(is_trainable)
+        device = None if torch_device is None else torch.device(torch_device)
+        return loader.add(is_trainable, autocast_adapter_dtype, device)
+
+
+class Renamed:
+    """A `TensorSource` whose keys are rewritten.
+
+    Raises: CheckpointError if two keys become one.
+    """
+
+    def __init__(self, source: TensorSource, mapping: Mapping[str, str]) -> None:
+        self._source = source
+        self._old: dict[str, str] = {}
+        for old in source.infos:
+            new = _rewritten(old, mapping)
+            if new in self._old:
+                both = f"{shown(self._old[new])} and {shown(old)}"
+                raise CheckpointError(f"`key_mapping` makes {shown(new)} of both {both}. Nothing was changed.")
+            self._old[new] = old
+        self.infos: Mapping[str, TensorInfo] = {new: source.infos[old] for new, old in self._old.items()}
+
+    def read(self, key: str) -> Tensor:
+        return self._source.read(self._old[key])
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def _rewritten(key: str, mapping: Mapping[str, str]) -> str:
+    for pattern, replacement in mapping.items():
+        plain, count = re.subn(pattern, replacement, without_prefix(key))
+        if count:
+            return with_prefix(plain)
+    return key
+
+
+class Loader:
+    """One load: a model, the name and config of the adapter, and its tensors."""
+
+    def __init__(
+        self, model: nn.Module, name: str, config: PeftConfig, source: TensorSource, what: str, strict: bool
+    ) -> None:
+        self.model, self.base = model, base_model_of(model)
+        self.name, self.config, self.source, self.what, self.strict = name, config, source, what, strict
+
+    def add(self, trainable: bool, autocast: bool, device: torch.device | None) -> LoadReport:
+        """Add the adapter with the file's tensors: everything is read and checked before the model is touched."""
+        planned = plan(self.model, self.config, self.name, unmatched="warn", autocast_adapter_dtype=autocast)
+        blueprint = Blueprint.of(planned, device)
+        report, staged = stage(blueprint.targets(), self.source, self.name, self.what, strict=self.strict)
+        theirs = [(target, tensor) for target, tensor in staged if not target.of_base]
+        apply(theirs)
+        built = blueprint.built()
+        flags = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
+
+        def detach() -> None:
+            take_back(self.base, self.name)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+        try:
+            commit(planned, built, trainable)
+        except BaseException:
+            detach()
+            raise
+        apply([(target, tensor) for target, tensor in staged if target.of_base], detach)
+        return report
+
+    def overwrite(self, trainable: bool) -> LoadReport:
+        """Give the adapter of this name the file's tensors.
+
+        Raises: CheckpointError if the file's config makes something else of the same tensors.
+        """
+        check_unmerged(self.model, self.name)
+        own = state_of(self.model).configs[self.name]
+        self._check_same(own)
+        targets = live_targets(self.model, self.name, own)
+        report, staged = stage(targets, self.source, self.name, self.what, strict=self.strict)
+        apply(staged)
+        if trainable:
+            set_requires_grad(self.model, self.name, True)
+        return report
+
+    def _check_same(self, own: PeftConfig) -> None:
+        for spot in spots(self.base, self.name):
+            layer = spot.module
+            if not isinstance(layer, AdapterLayer) or not layer.tuner.numbers:
+                continue
+            mine, theirs = (numbers_of(layer, config, spot.path) for config in (own, self.config))
+            if own.peft_type != self.config.peft_type or mine != theirs:
+                unlike = {key: (mine[key], theirs.get(key)) for key in mine if mine[key] != theirs.get(key)}
+                raise CheckpointError(
+                    f"{self.what} has other settings than adapter `{self.name}`, which the model has already; for "
+                    f"`{spot.path}`, this one's and the file's: {json.dumps(unlike, default=str)}. Load it under "
+                    "another name, or call `delete_adapter` first. Nothing was changed."
+                )
+
+
+def numbers_of(layer: AdapterLayer, config: PeftConfig, path: str) -> dict[str, Any]:
+    """What a config makes of a layer's tensors: the variant, and numbers such as the scaling."""
+    placement = Placement(config, path, torch.device("meta"), layer.host.dtype)
+    variant = layer.tuner.variant_for(config)
+    values = variant.init(layer.host, placement)
+    return {"variant": type(variant).__name__, **{key: values.get(key) for key in layer.tuner.numbers}}
+
+
+def take_back(base: nn.Module, name: str) -> None:
+    """Remove whatever was attached of an adapter, even if attaching it was interrupted."""
+    state = find_state(base)
+    for layer in list(layers(base)):
+        layer.remove(name)
+    for place in reversed(layer_places(base)):
+        if isinstance(place.module, AdapterLayer) and not place.module.variants:
+            place.parent._modules[place.child] = place.module.wrapped
+    if state is not None:
+        if name in state.configs:
+            state.remove(name)
+        number(base)
+        rebind(base, state)

@@ -1,0 +1,403 @@
+"""Where the tensors of an adapter's file are in a model that has the adapter, or has it once a plan is carried out.
+
+Three kinds of tensors are in a file: the adapter's own; base biases, which `bias="all"` or `"lora_only"` trains along;
+and base embeddings, which are saved with adapters on them, or when their number of rows was changed. Keys are those of
+a model that has this adapter alone, so that a file does not depend on what else was there when it was written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.checkpoint.keys import WRAPPER_PARTS, file_key
+from peftlite.checkpoint.report import Wanted
+from peftlite.core.hosts import is_borrowed
+from peftlite.core.inject import ModelFacts, facts_of, innermost
+from peftlite.core.layer import AdapterLayer
+from peftlite.core.plan import InjectionPlan, Site
+from peftlite.core.slots import replace_tensor
+from peftlite.core.state import bias_of
+from peftlite.core.tree import base_model_of, is_bias
+from peftlite.core.variant import COMPANIONS, TunerSpec
+from peftlite.errors import CheckpointError, StateError
+
+Undo = Callable[[], None]
+
+
+class Target:
+    """One place for a tensor: what fits there, and on which device."""
+
+    wanted: Wanted
+    device: torch.device
+    of_base: ClassVar[bool] = False
+    """Whether it is the base model's, and not the adapter's own."""
+
+    def check(self, new: Tensor) -> None:
+        """Refuse a tensor that fits, and that putting there would do harm.
+
+        Raises: StateError.
+        """
+
+    def put(self, new: Tensor) -> None:
+        """Put a tensor there."""
+        raise NotImplementedError(type(self).__name__)
+
+    def remember(self) -> Undo:
+        """How to give the place its present content back."""
+        return lambda: None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """All places for the tensors of one adapter, by file key."""
+
+    places: dict[str, Target] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)
+    """Keys that PEFT writes beside the ones that count: second copies of tensors."""
+    slots: set[str] = field(default_factory=set)
+
+    @property
+    def wanted(self) -> dict[str, Wanted]:
+        """What is expected of a file."""
+        return {key: target.wanted for key, target in self.places.items()}
+
+
+# ---- walking a model as a file sees it
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A module, by the path that it has in files of one adapter."""
+
+    path: str
+    module: nn.Module
+    site: Site | None = None
+    """The site of a plan that puts a new adapter layer here."""
+    around: AdapterLayer | None = None
+    """The adapter layer whose base layer this is, whosever adapters it has."""
+    adapted: bool = False
+    """Whether the adapter in question is, or will be, on it."""
+
+
+def spots(base: nn.Module, name: str, planned: InjectionPlan | None = None) -> Iterator[Spot]:
+    """Every module, each once and parents first: adapter layers with this adapter, layers to come, and base modules."""
+    coming: dict[int, list[Site]] = {}
+    joined: set[int] = set()
+    for site in planned.sites if planned is not None else ():
+        layer = existing_layer(site)
+        if layer is None:
+            coming.setdefault(id(site.module), []).insert(0, site)  # a later one goes around an earlier one
+        else:
+            joined.add(id(layer))
+    seen: set[int] = set()
+    stack = [Spot("", base)]
+    while stack:
+        spot = stack.pop()
+        if id(spot.module) in seen:
+            continue
+        seen.add(id(spot.module))
+        for site in coming.get(id(spot.module), ()):
+            yield dataclasses.replace(spot, site=site)
+            path = _join(spot.path, site.tuner.base_slot)
+            spot = dataclasses.replace(spot, path=path, adapted=not is_companion(site.tuner))
+        module = spot.module
+        if isinstance(module, AdapterLayer):
+            holds = name in module.variants or id(module) in joined
+            if holds:
+                yield spot
+            path = _join(spot.path, module.tuner.base_slot) if holds else spot.path
+            adapted = holds and not is_companion(module.tuner)
+            stack.append(Spot(path, module.wrapped, None, module, adapted or spot.adapted))
+            continue
+        yield spot
+        children = [Spot(_join(spot.path, child), m) for child, m in module._modules.items() if m is not None]
+        stack.extend(reversed(children))
+
+
+def _join(path: str, name: str) -> str:
+    if name in WRAPPER_PARTS:
+        return path
+    return f"{path}.{name}" if path else name
+
+
+def existing_layer(site: Site) -> AdapterLayer | None:
+    """The adapter layer that a site's adapter will join, if it is there already."""
+    module = site.module
+    while isinstance(module, AdapterLayer):
+        if module.param == site.param:
+            return module
+        module = module.wrapped
+    return None
+
+
+def is_companion(tuner: TunerSpec) -> bool:
+    """Whether a tuner's layers hold whole modules rather than adapters."""
+    return any(companion.tuner is tuner for companion in COMPANIONS)
+
+
+def _second_copies(path: str, suffix: str, tuner: TunerSpec) -> Iterator[str]:
+    if is_companion(tuner):
+        yield from (file_key(_join(path, slot), suffix) for slot in (tuner.slots[0].name, tuner.base_slot))
+
+
+def _wanted(tensor: Tensor, rank: int | None = None, rows: int | None = None, required: bool = True) -> Wanted:
+    return Wanted(tuple(tensor.shape), tensor.dtype, required, rank, rows)
+
+
+def is_table(module: nn.Module, facts: ModelFacts) -> bool:
+    """Whether a base module has one row per token."""
+    return any(innermost(table) is module for table in facts.embeddings)
+
+
+def _rows(module: nn.Module, facts: ModelFacts) -> int | None:
+    return facts.vocab_size if is_table(module, facts) else None
+
+
+def _or_cpu(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+@torch.no_grad()
+def _copy(tensor: Tensor, new: Tensor) -> None:
+    tensor.copy_(new)
+
+
+def _copy_back(tensor: Tensor) -> Undo:
+    old = tensor.detach().clone()
+    return lambda: _copy(tensor, old)
+
+
+# ---- an adapter that the model has
+
+
+@dataclass(frozen=True)
+class LayerTarget(Target):
+    """A tensor on an adapter layer: written in place, so that optimisers keep their hold of it.
+
+    One that has no memory yet is replaced.
+    """
+
+    layer: AdapterLayer
+    name: str
+    suffix: str
+    tensor: Tensor
+    wanted: Wanted
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return _or_cpu(self.layer.host.device) if self.tensor.is_meta else self.tensor.device
+
+    def put(self, new: Tensor) -> None:
+        if self.tensor.is_meta:
+            self.layer.assign(self.name, self.suffix, new)
+        else:
+            _copy(self.tensor, new)
+
+    def remember(self) -> Undo:
+        if self.tensor.is_meta:
+            return lambda: self.layer.assign(self.name, self.suffix, self.tensor)
+        return _copy_back(self.tensor)
+
+
+def live_targets(model: nn.Module, name: str, config: Any) -> Targets:
+    """The places in the adapter `name` of a model."""
+    base, found = base_model_of(model), Targets()
+    facts = facts_of(base)
+    for spot in spots(base, name):
+        layer = spot.module
+        if isinstance(layer, AdapterLayer):
+            rank = layer.__dict__["r"].get(name) if "r" in layer.tuner.numbers else None
+            for suffix, tensor in layer.tensors(name).items():
+                wanted = _wanted(tensor, rank, _rows(layer.get_base_layer(), facts))
+                found.places[file_key(spot.path, suffix)] = LayerTarget(layer, name, suffix, tensor, wanted)
+                found.ignored.update(_second_copies(spot.path, suffix, layer.tuner))
+            found.slots.update(slot.name for slot in layer.tuner.slots)
+        else:
+            found.places.update(base_targets(spot, config, facts))
+    return found
+
+
+# ---- an adapter that a plan would add
+
+
+@dataclass(frozen=True)
+class SiteTarget(Target):
+    """A tensor of a blueprint."""
+
+    filled: dict[str, Tensor]
+    suffix: str
+    wanted: Wanted
+    device: torch.device
+
+    def put(self, new: Tensor) -> None:
+        self.filled[self.suffix] = new
+
+
+@dataclass
+class Blueprint:
+    """What a plan would attach, made on the meta device: loading fills it in before anything is attached."""
+
+    planned: InjectionPlan
+    values: list[dict[str, Any]]
+    """Slot or number -> value, for each site."""
+    filled: list[dict[str, Tensor]]
+    """Suffix -> the tensor to use, for each site."""
+    device: torch.device | None = None
+
+    @classmethod
+    def of(cls, planned: InjectionPlan, device: torch.device | None = None) -> Blueprint:
+        """The blueprint of a plan; costs no memory, whatever rank the config asks for.
+
+        Raises: CheckpointError if no tensor can have the sizes that the config asks for.
+        """
+        try:
+            values = [dict(site.variant.init(site.host, planned.placement(site, True))) for site in planned.sites]
+        except (RuntimeError, OverflowError, TypeError) as error:
+            reason = str(error).split("\n")[0]
+            raise CheckpointError(f"The config asks for what cannot be made: {reason}. Nothing was changed.") from error
+        return cls(planned, values, [{} for _ in values], device)
+
+    def targets(self) -> Targets:
+        """The places in it, and those in the base model, by the keys that they have once it is attached."""
+        base, found = self.planned.model, Targets()
+        facts = facts_of(base)
+        joined = {id(existing_layer(site)): site for site in self.planned.sites}
+        indices = {id(site): index for index, site in enumerate(self.planned.sites)}
+        for spot in spots(base, self.planned.adapter_name, self.planned):
+            site = spot.site or joined.get(id(spot.module))
+            if site is None:
+                found.places.update(base_targets(spot, self.planned.config, facts))
+            else:
+                self._add(found, spot.path, indices[id(site)], _rows(innermost(site.module), facts))
+        return found
+
+    def _add(self, found: Targets, path: str, index: int, rows: int | None) -> None:
+        site = self.planned.sites[index]
+        for slot in site.tuner.slots:
+            if slot.name not in self.values[index]:
+                continue
+            for suffix, _, tensor in slot.suffixes(self.values[index][slot.name]):
+                wanted = _wanted(tensor, site.rank, rows)
+                target = SiteTarget(self.filled[index], suffix, wanted, self.place(site))
+                found.places[file_key(path, suffix)] = target
+                found.ignored.update(_second_copies(path, suffix, site.tuner))
+        found.slots.update(slot.name for slot in site.tuner.slots)
+
+    def place(self, site: Site) -> torch.device:
+        """The device that a site's tensors go to."""
+        return _or_cpu(self.device or site.host.device)
+
+    def built(self) -> list[Mapping[str, Any]]:
+        """What to attach: every tensor that was put there, and first values for the rest, if there is any."""
+        return [self._built(index) for index in range(len(self.values))]
+
+    def _built(self, index: int) -> Mapping[str, Any]:
+        site, values = self.planned.sites[index], self.values[index]
+        fill_in(site.tuner, values, self.filled[index])
+        if any(map(is_on_meta, values.values())):  # not all was in the file, or is ever in one
+            placement = dataclasses.replace(self.planned.placement(site), device=self.place(site))
+            values = dict(site.variant.init(site.host, placement))
+            fill_in(site.tuner, values, self.filled[index])
+        return values
+
+
+def fill_in(tuner: TunerSpec, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Replace the tensors that `values` holds by those with the same suffix."""
+    container: Any = values
+    for slot in tuner.slots:
+        if slot.name in values:
+            for suffix, attribute, _ in list(slot.suffixes(values[slot.name])):
+                if suffix in tensors:
+                    replace_tensor(container, slot.name, attribute, tensors[suffix])
+
+
+def is_on_meta(value: Any) -> bool:
+    """Whether a value holds a tensor without memory."""
+    if isinstance(value, nn.Module):
+        return any(tensor.is_meta for tensors in (value.parameters(), value.buffers()) for tensor in tensors)
+    return isinstance(value, Tensor) and value.is_meta
+
+
+# ---- tensors of the base model
+
+
+@dataclass(frozen=True)
+class BaseTarget(Target):
+    """A tensor of the base model that has a place in the adapter's file."""
+
+    of_base = True
+
+    module: nn.Module
+    name: str
+    layer: AdapterLayer | None
+    wanted: Wanted
+
+    @property
+    def live(self) -> Tensor:
+        """The tensor that the module has now, with what is merged into it."""
+        tensor: Any = self.module._parameters.get(self.name)
+        found: Any = self.module._buffers.get(self.name) if tensor is None else tensor
+        return found  # type: ignore[no-any-return]
+
+    @property
+    def own(self) -> Tensor:
+        """The tensor without what is merged into it."""
+        saved: Any = None if self.layer is None else self.layer._saved
+        if self.layer is None or saved is None:
+            return self.live
+        kept = {self.layer.host.param: saved.weight, "bias": saved.bias}.get(self.name)
+        return self.live if kept is None else kept
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return _or_cpu(self.live.device)
+
+    def _has(self, new: Tensor) -> bool:
+        return self.live.is_meta or torch.equal(self.own, new)
+
+    def check(self, new: Tensor) -> None:
+        if self._has(new):
+            return
+        if self.layer is not None and self.layer.merged:
+            raise StateError(
+                "Adapters are merged into weights of the base model that the file brings other values for: call "
+                "`unmerge_adapter` first. Nothing was changed."
+            )
+        if is_borrowed(self.live):
+            raise StateError(
+                "The file brings other values for weights of the base model, which is an overlay and shares them: load "
+                "the adapter into a model with weights of its own. Nothing was changed."
+            )
+
+    def put(self, new: Tensor) -> None:
+        if not self._has(new):
+            _copy(self.live, new)
+
+    def remember(self) -> Undo:
+        return (lambda: None) if self.live.is_meta else _copy_back(self.live)
+
+
+def base_targets(spot: Spot, config: Any, facts: ModelFacts) -> Iterator[tuple[str, BaseTarget]]:
+    """By file key: the module's biases that the config trains, which are required, and those that a file may have."""
+    bias, rows = bias_of(config), _rows(spot.module, facts)
+    replaced = spot.around is not None and is_companion(spot.around.tuner)
+    saved = is_table(spot.module, facts) and not replaced
+    for name, tensor in own_tensors(spot.module):
+        trained = is_bias(name) and (bias == "all" or (bias == "lora_only" and spot.adapted))
+        if trained or saved:
+            wanted = _wanted(tensor, rows=rows, required=trained)
+            yield file_key(spot.path, name), BaseTarget(spot.module, name, spot.around, wanted)
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers that a module holds itself and has in its state dict."""
+    passing: Collection[str] = module._non_persistent_buffers_set
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None and name not in passing:
+            yield name, tensor
