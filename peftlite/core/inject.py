@@ -82,6 +82,8 @@ def plan(
     config = config.copy()
     if state is not None:
         check_bias_owner(state, config)
+        if tuner.beside is not None:
+            tuner.beside(state.configs, config)
     facts = facts_of(base)
     config.base_model_name_or_path = config.base_model_name_or_path or facts.name_or_path
     found = Found.of(base)
@@ -301,8 +303,7 @@ def inject(
     Raises: what `plan` raises; the model is then as it was.
     """
     planned = plan(model, config, adapter_name, unmatched=unmatched, autocast_adapter_dtype=autocast_adapter_dtype)
-    built = [site.variant.init(site.host, planned.placement(site, low_cpu_mem_usage)) for site in planned.sites]
-    commit(planned, built, not config.inference_mode if trainable is None else trainable)
+    commit(planned, planned.build(low_cpu_mem_usage), not config.inference_mode if trainable is None else trainable)
     return planned
 
 
@@ -318,6 +319,10 @@ def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable
         layer = layer_at(site, state)
         layer.__dict__["shared_weight"] = site.shared
         layer.add(name, site.variant, values)
+    for site in planned.sites:
+        if site.tuner.shared is not None and not site.tuner.shared.saved(planned.config):
+            for slot in (slot for slot in site.tuner.slots if slot.shared):
+                state.shared[slot.name].leave_out(name)
     state.add(name, planned.config, trainable)
     number(base)
     if first:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftlite.core.call import current
 from peftlite.core.hosts import ALL_ROWS, Dense, Host, ModuleHost, ParamHost, Saved, host_for, swapped, widened
-from peftlite.core.slots import Numbers, ParameterSlot, SlotContainer, View, parameters_in, replace_tensor
+from peftlite.core.slots import BufferSlot, Numbers, ParameterSlot, SlotContainer, View, parameters_in, replace_tensor
 from peftlite.core.state import AdapterState
 from peftlite.core.variant import Program, TunerSpec, Variant
 from peftlite.errors import MergeError, StateError
@@ -34,7 +34,7 @@ class AdapterLayer(nn.Module):
         super().__init__()
         self._modules[tuner.base_slot] = base_layer
         for slot in tuner.slots:
-            self._modules[slot.name] = slot.kind()
+            self._modules[slot.name] = state.shared.setdefault(slot.name, BufferSlot()) if slot.shared else slot.kind()
         own = self.__dict__
         for number in tuner.numbers:
             own[number] = Numbers()

@@ -66,6 +66,23 @@ class InjectionPlan:
         device = torch.device("meta") if on_meta else site.host.device
         return Placement(self.config, site.path, device, self.dtype(site))
 
+    # ---- tensors
+    def build(self, on_meta: bool = False) -> list[dict[str, Any]]:
+        """New tensors and numbers for each site."""
+        shared = self.shared(on_meta)
+        return [
+            {**site.variant.init(site.host, self.placement(site, on_meta)), **(shared if site.tuner.shared else {})}
+            for site in self.sites
+        ]
+
+    def shared(self, on_meta: bool = False) -> dict[str, torch.Tensor]:
+        """New tensors that all sites share; those that no file has are not on the meta device."""
+        sites = [site for site in self.sites if site.tuner.shared is not None]
+        if not sites or (shared := sites[0].tuner.shared) is None:
+            return {}
+        placement = self.placement(sites[0], on_meta and shared.saved(self.config))
+        return shared.make(self.config, [site.host for site in sites], placement)
+
     # ---- totals
     @property
     def parameters(self) -> int:

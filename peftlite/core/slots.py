@@ -101,6 +101,11 @@ class BufferSlot(nn.Module):
 
     def __delitem__(self, key: str) -> None:
         del self._buffers[key]
+        self._non_persistent_buffers_set.discard(key)
+
+    def leave_out(self, key: str) -> None:
+        """Keep an adapter's tensor out of state dicts and files: it can be made again."""
+        self._non_persistent_buffers_set.add(key)
 
     def __contains__(self, key: object) -> bool:
         return key in self._buffers
@@ -119,7 +124,9 @@ class BufferSlot(nn.Module):
 
     def extra_repr(self) -> str:
         return "\n".join(
-            f"({k}): Buffer of size {'x'.join(map(str, v.shape))}" for k, v in self._buffers.items() if v is not None
+            f"  ({k}): Buffer containing: [{v.type()} of size {'x'.join(map(str, v.shape))}]"
+            for k, v in self._buffers.items()
+            if v is not None
         )
 
 
@@ -132,7 +139,8 @@ class Slot:
     """One named place of a tuner's tensors.
 
     `file_name` is what a tensor's key in adapter files begins with (the slot's own name unless said otherwise, "" for
-    none); `bare` says that a module's `weight` is written without its `.weight`.
+    none); `bare` says that a module's `weight` is written without its `.weight`. What is `derived` is made again from
+    the config when a file is read. A `shared` slot has one tensor per adapter for all layers, in the model's state.
     """
 
     name: str
@@ -140,9 +148,13 @@ class Slot:
     trainable: bool = True
     file_name: str | None = None
     bare: bool = False
+    derived: bool = False
+    shared: bool = False
 
     def suffixes(self, value: SlotValue) -> Iterator[tuple[str, str, Tensor]]:
-        """(file suffix, attribute inside the value or "", tensor) of everything that `value` holds."""
+        """(file suffix, attribute inside the value or "", tensor) of what `value` has in a layer's part of a file."""
+        if self.derived or self.shared:
+            return
         prefix = self.name if self.file_name is None else self.file_name
         if isinstance(value, Tensor):
             yield prefix, "", value

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from peftlite.config import PeftConfig
+from peftlite.core.slots import BufferSlot
 from peftlite.errors import AdapterNameError, ConfigError, nearest
 
 BASE = "__base__"
@@ -35,6 +36,10 @@ class AdapterState:
         self.trainable: frozenset[str] = frozenset()
         self.enabled = True
         self.plans: dict[tuple[str, ...], tuple[Any, ...]] = {}
+        self.shared: dict[str, BufferSlot] = {}
+        """Slot -> the tensors of adapters that all layers share: the same container in every layer."""
+        self.memory: dict[str, Any] = {}
+        """Adapter -> what its method remembers of the training so far; not saved."""
         self._next_id = 1
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,6 +57,7 @@ class AdapterState:
     def remove(self, name: str) -> None:
         """Forget an adapter."""
         del self.configs[name], self.ids[name]
+        self.memory.pop(name, None)
         self.active = tuple(n for n in self.active if n != name)
         self.trainable -= {name}
 

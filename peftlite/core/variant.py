@@ -6,7 +6,7 @@ mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,16 @@ class Additive(Variant):
         return Dense(dense.weight + delta, bias)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """Tensors that an adapter has once for all its layers, in the tuner's shared slots."""
+
+    make: Callable[[Any, Sequence[Host], Placement], dict[str, Tensor]]
+    """(config, hosts of all layers, where to) -> slot name -> tensor."""
+    saved: Callable[[Any], bool]
+    """Whether a config wants them in files; else they are made again when a file is read."""
+
+
 @dataclass(frozen=True, eq=False)
 class TunerSpec:
     """What one method registers: slots, printed label, and which variant a given config asks for."""
@@ -118,6 +128,9 @@ class TunerSpec:
     """Whether it can be put around modules of kinds that no host knows."""
     resolve: Callable[[Any, Sequence[tuple[str, Host]]], None] | None = None
     """Completes the model's own copy of a config from the layers that it turned out to adapt."""
+    shared: Shared | None = None
+    beside: Callable[[Mapping[str, PeftConfig], Any], None] | None = None
+    """Refuses a config that cannot stand beside those of the adapters that a model has."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tuner_for, (self.peft_type,)
