@@ -17,8 +17,9 @@ from peftlite.checkpoint.files import read_adapter, write_adapter
 from peftlite.checkpoint.hub import resolve
 from peftlite.checkpoint.keys import shown, with_prefix, without_prefix
 from peftlite.checkpoint.report import LoadReport
+from peftlite.checkpoint.spots import spots
 from peftlite.checkpoint.state_dict import adapter_tensors, apply, bare, check_unmerged, stage
-from peftlite.checkpoint.targets import Blueprint, live_targets, spots
+from peftlite.checkpoint.targets import Blueprint, live_targets
 from peftlite.checkpoint.tensorfile import TensorInfo, TensorSource
 from peftlite.config import HubOptions, PeftConfig, config_from_dict
 from peftlite.core.binding import number, rebind

@@ -27,12 +27,13 @@ _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says: the base model's id or path, the kind of adapter, the task, whether transformers loads it."""
+    """What a card says: the base model's id or path, the kind of adapter, the task, whether transformers loads it, tags."""
 
     base_model: str | None = None
     peft_type: str = "LORA"
     task_type: str | None = None
     transformers: bool = True
+    tags: tuple[str, ...] = ()
 
     @property
     def base_id(self) -> str | None:
@@ -45,7 +46,7 @@ class Card:
         base, pipeline = self.base_id, PIPELINES.get(self.task_type or "")
         named = {"base_model": base, "library_name": "peft", "pipeline_tag": pipeline}
         tags = [*([f"base_model:adapter:{base}"] if base else []), self.peft_type.lower()]
-        tags += ["transformers"] if self.transformers else []
+        tags += [*(["transformers"] if self.transformers else []), *self.tags]
         return {**{key: value for key, value in named.items() if value}, "tags": tags}
 
     @property

@@ -13,17 +13,15 @@ from peftlite.checkpoint import hub
 from peftlite.checkpoint.files import read_json
 from peftlite.checkpoint.keys import PREFIX, file_key, nearest_keys, shown, unwrapped, without_prefix
 from peftlite.checkpoint.report import LoadReport, compare, settle
+from peftlite.checkpoint.spots import Spot, is_companion, spots
 from peftlite.checkpoint.targets import (
     BaseTarget,
     LayerTarget,
-    Spot,
     Target,
     Targets,
     Undo,
-    is_companion,
     is_table,
     live_targets,
-    spots,
 )
 from peftlite.checkpoint.tensorfile import MemoryTensors, TensorSource
 from peftlite.core.inject import ModelFacts, facts_of

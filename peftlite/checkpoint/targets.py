@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftlite.checkpoint.keys import WRAPPER_PARTS, file_key
+from peftlite.checkpoint.keys import file_key
 from peftlite.checkpoint.report import Wanted
+from peftlite.checkpoint.spots import Spot, existing_layer, is_companion, joined_path, spots
 from peftlite.core.hosts import is_borrowed
 from peftlite.core.inject import ModelFacts, facts_of, innermost
 from peftlite.core.layer import AdapterLayer
@@ -24,7 +25,7 @@ from peftlite.core.plan import InjectionPlan, Site
 from peftlite.core.slots import replace_tensor
 from peftlite.core.state import bias_of
 from peftlite.core.tree import base_model_of, is_bias
-from peftlite.core.variant import COMPANIONS, TunerSpec
+from peftlite.core.variant import TunerSpec
 from peftlite.errors import CheckpointError, StateError
 
 Undo = Callable[[], None]
@@ -68,82 +69,9 @@ class Targets:
         return {key: target.wanted for key, target in self.places.items()}
 
 
-# ---- walking a model as a file sees it
-
-
-@dataclass(frozen=True)
-class Spot:
-    """A module, by the path that it has in files of one adapter."""
-
-    path: str
-    module: nn.Module
-    site: Site | None = None
-    """The site of a plan that puts a new adapter layer here."""
-    around: AdapterLayer | None = None
-    """The adapter layer whose base layer this is, whosever adapters it has."""
-    adapted: bool = False
-    """Whether the adapter in question is, or will be, on it."""
-
-
-def spots(base: nn.Module, name: str, planned: InjectionPlan | None = None) -> Iterator[Spot]:
-    """Every module, each once and parents first: adapter layers with this adapter, layers to come, and base modules."""
-    coming: dict[int, list[Site]] = {}
-    joined: set[int] = set()
-    for site in planned.sites if planned is not None else ():
-        layer = existing_layer(site)
-        if layer is None:
-            coming.setdefault(id(site.module), []).insert(0, site)  # a later one goes around an earlier one
-        else:
-            joined.add(id(layer))
-    seen: set[int] = set()
-    stack = [Spot("", base)]
-    while stack:
-        spot = stack.pop()
-        if id(spot.module) in seen:
-            continue
-        seen.add(id(spot.module))
-        for site in coming.get(id(spot.module), ()):
-            yield dataclasses.replace(spot, site=site)
-            path = _join(spot.path, site.tuner.base_slot)
-            spot = dataclasses.replace(spot, path=path, adapted=not is_companion(site.tuner))
-        module = spot.module
-        if isinstance(module, AdapterLayer):
-            holds = name in module.variants or id(module) in joined
-            if holds:
-                yield spot
-            path = _join(spot.path, module.tuner.base_slot) if holds else spot.path
-            adapted = holds and not is_companion(module.tuner)
-            stack.append(Spot(path, module.wrapped, None, module, adapted or spot.adapted))
-            continue
-        yield spot
-        children = [Spot(_join(spot.path, child), m) for child, m in module._modules.items() if m is not None]
-        stack.extend(reversed(children))
-
-
-def _join(path: str, name: str) -> str:
-    if name in WRAPPER_PARTS:
-        return path
-    return f"{path}.{name}" if path else name
-
-
-def existing_layer(site: Site) -> AdapterLayer | None:
-    """The adapter layer that a site's adapter will join, if it is there already."""
-    module = site.module
-    while isinstance(module, AdapterLayer):
-        if module.param == site.param:
-            return module
-        module = module.wrapped
-    return None
-
-
-def is_companion(tuner: TunerSpec) -> bool:
-    """Whether a tuner's layers hold whole modules rather than adapters."""
-    return any(companion.tuner is tuner for companion in COMPANIONS)
-
-
 def _second_copies(path: str, suffix: str, tuner: TunerSpec) -> Iterator[str]:
     if is_companion(tuner):
-        yield from (file_key(_join(path, slot), suffix) for slot in (tuner.slots[0].name, tuner.base_slot))
+        yield from (file_key(joined_path(path, slot), suffix) for slot in (tuner.slots[0].name, tuner.base_slot))
 
 
 def _wanted(tensor: Tensor, rank: int | None = None, rows: int | None = None, required: bool = True) -> Wanted:

@@ -1,0 +1,85 @@
+"""Walking a model as the file of one adapter sees it: as if no other adapter were there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from peftlite.checkpoint.keys import WRAPPER_PARTS
+from peftlite.core.layer import AdapterLayer
+from peftlite.core.plan import InjectionPlan, Site
+from peftlite.core.variant import COMPANIONS, TunerSpec
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A module, by the path that it has in files of one adapter."""
+
+    path: str
+    module: nn.Module
+    site: Site | None = None
+    """The site of a plan that puts a new adapter layer here."""
+    around: AdapterLayer | None = None
+    """The adapter layer whose base layer this is, whosever adapters it has."""
+    adapted: bool = False
+    """Whether the adapter in question is, or will be, on it."""
+
+
+def spots(base: nn.Module, name: str, planned: InjectionPlan | None = None) -> Iterator[Spot]:
+    """Every module, each once and parents first: adapter layers with this adapter, layers to come, and base modules."""
+    coming: dict[int, list[Site]] = {}
+    joined: set[int] = set()
+    for site in planned.sites if planned is not None else ():
+        layer = existing_layer(site)
+        if layer is None:
+            coming.setdefault(id(site.module), []).insert(0, site)  # a later one goes around an earlier one
+        else:
+            joined.add(id(layer))
+    seen: set[int] = set()
+    stack = [Spot("", base)]
+    while stack:
+        spot = stack.pop()
+        if id(spot.module) in seen:
+            continue
+        seen.add(id(spot.module))
+        for site in coming.get(id(spot.module), ()):
+            yield dataclasses.replace(spot, site=site)
+            path = joined_path(spot.path, site.tuner.base_slot)
+            spot = dataclasses.replace(spot, path=path, adapted=not is_companion(site.tuner))
+        module = spot.module
+        if isinstance(module, AdapterLayer):
+            holds = name in module.variants or id(module) in joined
+            if holds:
+                yield spot
+            path = joined_path(spot.path, module.tuner.base_slot) if holds else spot.path
+            adapted = holds and not is_companion(module.tuner)
+            stack.append(Spot(path, module.wrapped, None, module, adapted or spot.adapted))
+            continue
+        yield spot
+        children = [Spot(joined_path(spot.path, child), m) for child, m in module._modules.items() if m is not None]
+        stack.extend(reversed(children))
+
+
+def joined_path(path: str, name: str) -> str:
+    """The path of a child; what torch.compile and FSDP put between leaves no trace in files."""
+    if name in WRAPPER_PARTS:
+        return path
+    return f"{path}.{name}" if path else name
+
+
+def existing_layer(site: Site) -> AdapterLayer | None:
+    """The adapter layer that a site's adapter will join, if it is there already."""
+    module = site.module
+    while isinstance(module, AdapterLayer):
+        if module.param == site.param:
+            return module
+        module = module.wrapped
+    return None
+
+
+def is_companion(tuner: TunerSpec) -> bool:
+    """Whether a tuner's layers hold whole modules rather than adapters."""
+    return any(companion.tuner is tuner for companion in COMPANIONS)
