@@ -38,11 +38,11 @@ docs: $(VENV)/.ready-docs
 	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs site
 	@echo "site/index.html"
 
-# One stamp for each extra. The build backend is installed into .venv as well, so that an environment that has everything
-# is brought up to date without a network.
+# One stamp for each extra. The build backends (setuptools is hqq's) are installed into .venv as well, so that an
+# environment that has everything is brought up to date without a network.
 $(VENV)/.ready-%: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing peftlite[$*] with the tested versions into $(VENV) (the first time takes some minutes)"
-	@$(PIP) hatchling
+	@$(PIP) hatchling setuptools
 	@$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@
 

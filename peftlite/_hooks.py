@@ -24,6 +24,9 @@ WATCHED = {
     "transformers.modeling_utils": "peftlite.integrations.transformers.mixin",
     "transformers.trainer_utils": "peftlite.integrations.transformers.trainer",
     "transformers.trainer": "peftlite.integrations.transformers.trainer",
+    "bitsandbytes.nn.modules": "peftlite.integrations.quantised.bitsandbytes",
+    "torchao.utils": "peftlite.integrations.quantised.torchao",
+    "hqq.core.quantize": "peftlite.integrations.quantised.hqq",
 }
 """Foreign module -> the module of ours whose `patch(foreign)` adjusts it; `patch` may run more than once."""
 

@@ -32,6 +32,7 @@ CORE = (
     "slots",
     "state",
     "hosts",
+    "packed",
     "variant",
     "call",
     "rows",

@@ -61,6 +61,8 @@ class Host:
     """The module reads its weight itself, so that adapters must edit the weight and not the call."""
     transposed: ClassVar[bool] = False
     """A linear layer that stores its weight (in, out)."""
+    packed: ClassVar[bool] = False
+    """The weight is quantised: it is written whole, and then is what was written but for rounding."""
     batch: int = 0
     """How many leading dimensions of the canonical weight are experts."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftlite.core.call import current
 from peftlite.core.hosts import ALL_ROWS, Dense, Host, ModuleHost, ParamHost, Saved, host_for, swapped, widened
+from peftlite.core.packed import rounding_error, warn_of_rounding
 from peftlite.core.slots import BufferSlot, Numbers, ParameterSlot, SlotContainer, View, parameters_in, replace_tensor
 from peftlite.core.state import AdapterState
 from peftlite.core.variant import Program, TunerSpec, Variant
@@ -46,6 +47,7 @@ class AdapterLayer(nn.Module):
             variants={},
             merged_adapters=[],
             shared_weight=False,
+            merge_error=None,
             training=base_layer.training,
             _saved=None,
             _own_active=None,
@@ -325,6 +327,8 @@ class AdapterLayer(nn.Module):
         if safe_merge:
             self.check_merge(names)
         self.set_merged([*self.merged_adapters, *(n for n in names if n not in self.merged_adapters)])
+        if self.merge_error is not None:
+            warn_of_rounding({self._get_name(): self.merge_error})
 
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Take adapters (default: all) out of the base layer's weight again, bit for bit."""
@@ -368,13 +372,15 @@ class AdapterLayer(nn.Module):
 
     def _write_merged(self, names: list[str]) -> None:
         saved: Saved = self._saved
+        error: float | None = None
         if names:
             for rows, dense in self._merged_blocks(names, saved):
                 self.host.write(dense, rows)
+                error = rounding_error(self.host.read().weight, dense.weight) if self.host.packed else None
         else:
             self.host.restore(saved)
             self.__dict__["_saved"] = None
-        self.__dict__["merged_adapters"] = names
+        self.__dict__.update(merged_adapters=names, merge_error=error)
 
     def _merged_blocks(self, names: Sequence[str], saved: Saved | None) -> Iterator[tuple[slice, Dense]]:
         """(rows, their weight and bias with `names` merged), over the whole weight."""
@@ -383,7 +389,7 @@ class AdapterLayer(nn.Module):
 
     def _blocks(self, by_rows: bool) -> Iterator[slice]:
         shape = self.host.shape
-        if not by_rows or self.host.batch:
+        if not by_rows or self.host.batch or self.host.packed:
             yield ALL_ROWS
             return
         step = max(1, _BLOCK // max(1, torch.Size(shape[1:]).numel()))

@@ -14,6 +14,7 @@ from torch import nn
 from peftlite.core.binding import activate, check_exclusive, number, plan_programs, rebind, sync
 from peftlite.core.call import Call, current, using
 from peftlite.core.layer import AdapterLayer
+from peftlite.core.packed import warn_of_rounding
 from peftlite.core.rows import RowsCall, check_rows
 from peftlite.core.slots import View
 from peftlite.core.state import BASE, AdapterState, bias_of
@@ -189,10 +190,12 @@ def merge_layers(model: nn.Module, names: Sequence[str], safe_merge: bool) -> No
     if safe_merge:
         for layer in layers(model):
             layer.check_merge(layer.mergeable(names))
-    remerge(
+    changed = remerge(
         model,
         lambda layer: [*layer.merged_adapters, *(n for n in layer.mergeable(names) if n not in layer.merged_adapters)],
     )
+    errors = {path: layer.merge_error for path, layer in named_layers(model) if layer in changed}
+    warn_of_rounding({path: error for path, error in errors.items() if error is not None})
 
 
 def unmerge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
@@ -205,8 +208,8 @@ def unmerge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None
     remerge(model, lambda layer: [n for n in layer.merged_adapters if names is not None and n not in names])
 
 
-def remerge(model: nn.Module, wanted: Callable[[AdapterLayer], list[str]]) -> None:
-    """Make every layer hold the merged adapters that `wanted` says; all or none."""
+def remerge(model: nn.Module, wanted: Callable[[AdapterLayer], list[str]]) -> set[AdapterLayer]:
+    """Make every layer hold the merged adapters that `wanted` says, all or none; gives the layers that changed."""
     done: list[tuple[AdapterLayer, list[str]]] = []
     try:
         for layer in layers(model):
@@ -218,6 +221,7 @@ def remerge(model: nn.Module, wanted: Callable[[AdapterLayer], list[str]]) -> No
         for layer, before in reversed(done):
             layer.set_merged(before)
         raise
+    return {layer for layer, _ in done}
 
 
 def merged_adapters(model: nn.Module) -> list[str]:
