@@ -13,6 +13,9 @@ from peftlite.config import register_loader
 
 if TYPE_CHECKING:
     from peftlite.base_tuner import IA3Model, LoHaModel, LoKrModel, LoraModel
+    from peftlite.checkpoint.adapters import load_adapter, save_adapter
+    from peftlite.checkpoint.report import LoadReport
+    from peftlite.checkpoint.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
     from peftlite.config import PeftConfig, PeftType, TaskType
     from peftlite.core.inject import inject, plan
     from peftlite.core.lifecycle import (
@@ -63,6 +66,7 @@ __all__ = [
     "LoHaModel",
     "LoKrConfig",
     "LoKrModel",
+    "LoadReport",
     "LoraConfig",
     "LoraModel",
     "LoraRuntimeConfig",
@@ -87,15 +91,19 @@ __all__ = [
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
+    "get_peft_model_state_dict",
     "inject",
     "inject_adapter_in_model",
+    "load_adapter",
     "merge_adapter",
     "merge_and_unload",
     "overlay",
     "plan",
     "print_trainable_parameters",
+    "save_adapter",
     "scale_adapter",
     "set_adapter",
+    "set_peft_model_state_dict",
     "set_requires_grad",
     "unload",
     "unmerge_adapter",
@@ -105,6 +113,9 @@ __all__ = [
 
 _HOMES = {
     "peftlite.base_tuner": ("IA3Model", "LoHaModel", "LoKrModel", "LoraModel"),
+    "peftlite.checkpoint.adapters": ("load_adapter", "save_adapter"),
+    "peftlite.checkpoint.report": ("LoadReport",),
+    "peftlite.checkpoint.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "peftlite.config": ("PeftConfig", "PeftType", "TaskType"),
     "peftlite.core.inject": ("inject", "plan"),
     "peftlite.core.lifecycle": (
@@ -161,5 +172,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register_loader(lambda: import_module("peftlite.tuners"))
+def _load() -> None:
+    for module in ("peftlite.tuners", "peftlite.checkpoint.hub"):
+        import_module(module)
+
+
+register_loader(_load)
 _hooks.install()

@@ -194,9 +194,7 @@ class LoKrModel(BaseTuner):
     prefix = "lokr_"
 
 
-TUNER_MODELS: dict[PeftType, type[BaseTuner]] = {
-    cls.kind: cls for cls in (LoraModel, IA3Model, LoHaModel, LoKrModel)
-}
+TUNER_MODELS: dict[PeftType, type[BaseTuner]] = {cls.kind: cls for cls in (LoraModel, IA3Model, LoHaModel, LoKrModel)}
 
 
 def tuner_model_for(config: PeftConfig) -> type[BaseTuner]:
@@ -221,6 +219,17 @@ def check_bare(model: nn.Module) -> None:
             f"{type(base_model_of(model)).__name__} has adapters already ({names}): call `peftlite.wrap(model)` for a "
             "wrapper around it, and `add_adapter` or `load_adapter` on that for another adapter. Nothing was changed."
         )
+
+
+def prepare_for_gradient_checkpointing(model: nn.Module) -> None:
+    """Under gradient checkpointing, have the embeddings' output require gradients: no layer would get any otherwise."""
+    checkpointing = getattr(model, "is_activation_checkpointing", None)  # in older versions `is_gradient_checkpointing`
+    if not (getattr(model, "is_gradient_checkpointing", False) if checkpointing is None else checkpointing):
+        return
+    if (enable := getattr(model, "enable_input_require_grads", None)) is not None:
+        enable()
+    elif (embeddings := getattr(model, "get_input_embeddings", None)) is not None:
+        embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
 def _config_named(name: str, config: PeftConfig | Mapping[str, PeftConfig]) -> PeftConfig:

@@ -27,13 +27,14 @@ _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says: the base model's id or path, the kind of adapter, the task, whether transformers loads it, tags."""
+    """What a card says: the base model's id or path, the kind of adapter, the task, whether transformers loads it."""
 
     base_model: str | None = None
     peft_type: str = "LORA"
     task_type: str | None = None
     transformers: bool = True
     tags: tuple[str, ...] = ()
+    """More tags."""
 
     @property
     def base_id(self) -> str | None:

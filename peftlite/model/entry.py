@@ -1,0 +1,121 @@
+"""From a model to a wrapper, and adapters without one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from peftlite.checkpoint.keys import shown, without_prefix
+from peftlite.config import PeftConfig
+from peftlite.core import lifecycle
+from peftlite.core.inject import check_config, inject
+from peftlite.core.targets import UnmatchedPolicy
+from peftlite.core.variant import tuner_for
+from peftlite.errors import CheckpointError, StateError, UnsupportedFeatureError
+from peftlite.model.wrapper import PeftModel, model_class_for
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    *,
+    unmatched: UnmatchedPolicy = "error",
+) -> PeftModel:
+    """Add an adapter to `model`, in place, and wrap it in the class that belongs to the config's task.
+
+    The config is copied; `revision`, of the base model, goes into the copy. `unmatched="warn"` or `"ignore"` accepts
+    entries of the config that match nothing, of a list shared between models.
+
+    Raises:
+        StateError: `model` is a wrapper or has adapters.
+        AdapterNameError, ConfigError, TargetNotFoundError, UnsupportedLayerError: as `peftlite.plan`; the model is
+            then as it was.
+    """
+    if mixed:
+        raise UnsupportedFeatureError("`mixed` is `True`; it can only be `False`. Nothing was changed.")
+    check_config(peft_config)
+    if revision is not None:
+        peft_config = peft_config.copy()
+        peft_config.revision = revision
+    return model_class_for(peft_config)(
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        unmatched=unmatched,
+    )
+
+
+def wrap(model: nn.Module) -> PeftModel:
+    """The wrapper of a model that has adapters in place: nothing is copied; `PeftModel.unwrap` is the way back.
+
+    A model that is wrapped is given back as it is.
+
+    Raises: NoAdapterError, StateError if its adapters are of several kinds.
+    """
+    if isinstance(model, PeftModel):
+        return model
+    configs = lifecycle.state_of(model).configs
+    kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()})
+    if len(kinds) > 1:
+        raise StateError(
+            f"A wrapper is for adapters of one kind, and this model has {', '.join(f'`{kind}`' for kind in kinds)}. "
+            "Nothing was changed."
+        )
+    return model_class_for(next(iter(configs.values()))).around(model)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: M,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    unmatched: UnmatchedPolicy = "error",
+) -> M:
+    """Add an adapter to any torch module, in place, make it the active one, and give the module back.
+
+    `state_dict`, an adapter's weights, says by its keys which modules get one, in place of the config's
+    `target_modules`; it is not loaded.
+
+    Raises: what `peftlite.plan` raises; the model is then as it was.
+    """
+    config = peft_config if state_dict is None else targets_from(state_dict, peft_config)
+    inject(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, unmatched=unmatched)
+    if lifecycle.active_adapters(model) != [adapter_name]:
+        lifecycle.set_adapter(model, adapter_name)
+    return model
+
+
+def targets_from(state_dict: Mapping[str, Tensor], config: PeftConfig) -> PeftConfig:
+    """A copy of `config` that targets the modules which have weights in `state_dict`, by their whole paths.
+
+    Raises: CheckpointError if there are none.
+    """
+    slots = {slot.name for slot in tuner_for(config).slots}
+    paths = set()
+    for key in state_dict:
+        parts = without_prefix(key).split(".")
+        at = next((i for i, part in enumerate(parts) if part in slots), 0)
+        if at:
+            paths.add(".".join(parts[:at]))
+    if not paths:
+        raise CheckpointError(
+            f"`state_dict` has no weights of a `{tuner_for(config).peft_type}` adapter; its keys are "
+            f"{', '.join(map(shown, list(state_dict)[:3])) or 'none'}. Nothing was changed."
+        )
+    selecting: dict[str, Any] = {"target_modules": sorted(paths), "exclude_modules": None, "layers_to_transform": None}
+    has = {field.name for field in dataclasses.fields(config)}
+    return dataclasses.replace(config.copy(), **{name: v for name, v in selecting.items() if name in has})

@@ -1,0 +1,403 @@
+"""`PeftModel`: a model's adapters as methods, with their files, around the tuner's wrapper."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.base_tuner import (
+    BaseTuner,
+    Wrapper,
+    check_bare,
+    prepare_for_gradient_checkpointing,
+    tuner_model_for,
+)
+from peftlite.checkpoint import adapters, hub
+from peftlite.checkpoint.card import write_card
+from peftlite.checkpoint.files import read_config
+from peftlite.checkpoint.report import LoadReport
+from peftlite.config import PeftConfig, PeftType, TaskType
+from peftlite.core import lifecycle, status
+from peftlite.core.inject import check_config, inject
+from peftlite.core.targets import UnmatchedPolicy
+from peftlite.core.tree import base_model_of, layers
+from peftlite.errors import ConfigError, StateError, UnsupportedFeatureError
+
+TASK_MODELS: dict[TaskType, type[PeftModel]] = {}
+"""The wrapper class of each task."""
+
+
+class PeftModel(Wrapper):
+    """A model with adapters: `base_model` is the tuner's wrapper (`LoraModel`), `base_model.model` the model itself.
+
+    Args:
+        model: the base model, changed in place.
+        peft_config: what to add.
+        adapter_name: the adapter's name.
+        autocast_adapter_dtype: keep adapters in fp32 on a base in half precision.
+        low_cpu_mem_usage: make the adapter's tensors on the meta device, to be loaded.
+        unmatched: what to do about entries of the config that match nothing: "error", "warn" or "ignore".
+
+    Raises: StateError if `model` has adapters, and what `peftlite.plan` raises; the model is then as it was.
+    """
+
+    inside = "base_model"
+    base_model: BaseTuner
+
+    def __init_subclass__(cls, task: TaskType | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            TASK_MODELS[task] = cls
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        unmatched: UnmatchedPolicy = "error",
+    ) -> None:
+        super().__init__()
+        check_bare(model)
+        inject(
+            model,
+            peft_config,
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            unmatched=unmatched,
+        )
+        self.base_model = tuner_model_for(peft_config).around(model)
+        prepare_for_gradient_checkpointing(model)
+
+    @classmethod
+    def around(cls, model: nn.Module) -> PeftModel:
+        """The wrapper of a model that has its adapters already; see `peftlite.wrap`."""
+        wrapper = cls.__new__(cls)
+        nn.Module.__init__(wrapper)
+        config = next(iter(lifecycle.state_of(model).configs.values()))
+        inside = base_model_of(model)
+        wrapper.base_model = model if isinstance(model, BaseTuner) else tuner_model_for(config).around(inside)
+        prepare_for_gradient_checkpointing(inside)
+        return wrapper
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base model does with these arguments and the active adapters, or with one for each row.
+
+        `adapter_names` has the name of an adapter for each row of the batch; `"__base__"` stands for the base model.
+        """
+        with self._rows(kwargs.pop("adapter_names", None)):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, with the active adapters, or with `adapter_names`, one for each row."""
+        with self._rows(kwargs.pop("adapter_names", None)):
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _rows(self, names: Sequence[str] | None) -> AbstractContextManager[object]:
+        return nullcontext() if names is None else lifecycle.use_adapter_per_row(self, names)
+
+    # ---- what there is
+    @property
+    def active_adapter(self) -> str | None:
+        """The first of the adapters in use."""
+        return next(iter(self.active_adapters), None)
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of the first adapter in use."""
+        name = self.active_adapter
+        if name is None:
+            raise StateError("No adapter is active: call `set_adapter` first.")
+        return self.peft_config[name]
+
+    @property
+    def peft_type(self) -> PeftType:
+        """The kind of all its adapters."""
+        return self.base_model.kind
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names of the modules that any adapter trains whole."""
+        return {
+            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
+        } or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The dtype that the base model says it has."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a call made here and now would use any adapter."""
+        return any(enabled and active for enabled, active in map(status.in_use, layers(self)))
+
+    def get_base_model(self) -> nn.Module:
+        """The model inside the wrappers. It has its adapters: `unwrap` is the same, `unload` takes them out."""
+        return base_model_of(self)
+
+    def unwrap(self) -> nn.Module:
+        """The model with its adapters in place, without wrappers; nothing is copied. `peftlite.wrap` undoes it."""
+        return base_model_of(self)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(parameters that require gradients, all parameters)."""
+        return status.count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many."""
+        status.print_trainable_parameters(self)
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """One report for each adapter layer."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """One report for the whole model."""
+        return status.get_model_status(self)
+
+    # ---- more adapters
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        unmatched: UnmatchedPolicy = "error",
+    ) -> None:
+        """Add another adapter of the same kind; `set_adapter` makes it the active one.
+
+        Raises: ConfigError for one of another kind, and what `peftlite.plan` raises; nothing is changed then.
+        """
+        check_config(peft_config)
+        self._check_kind(peft_config.peft_type)
+        inject(
+            self,
+            peft_config,
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            unmatched=unmatched,
+        )
+
+    def _check_kind(self, peft_type: object) -> None:
+        kind = str(getattr(peft_type, "value", peft_type))
+        if kind != self.peft_type.value:
+            raise ConfigError(
+                f"`peft_type={kind!r}`: this {type(self).__name__} has adapters of the kind "
+                f"`{self.peft_type.value}`, and all of one model are of one kind. Nothing was changed."
+            )
+
+    # ---- files
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        torch_device: str | torch.device | None = None,
+        strict: bool = True,
+        **hub_options: Any,
+    ) -> PeftModel:
+        """Load an adapter into `model`, in place, and wrap it in the class that belongs to the adapter's task.
+
+        Args:
+            model: the bare base model.
+            model_id: a directory, or the id of a repository.
+            adapter_name: what to call the adapter.
+            is_trainable: whether it may train; if not, the model is put into eval mode.
+            config: in place of the one in the file.
+            autocast_adapter_dtype: keep adapters in fp32 on a base in half precision.
+            ephemeral_gpu_offload: not built; False.
+            low_cpu_mem_usage: no tensor is made before it is loaded anyway, so this changes nothing.
+            key_mapping: regular expression -> replacement, for keys of other libraries' files.
+            torch_device: where the adapter's tensors go; by default, to the layers that they are for.
+            strict: False leaves out whatever does not fit, with a warning.
+            **hub_options: subfolder, revision, token, cache_dir, local_files_only, force_download.
+
+        Raises: StateError if `model` has adapters, and what `peftlite.load_adapter` raises; nothing is changed then.
+        """
+        check_bare(model)
+        check_not_ephemeral(ephemeral_gpu_offload)
+        if config is not None:
+            check_config(config)
+        adapters.load_adapter(
+            model,
+            model_id,
+            adapter_name,
+            is_trainable=is_trainable,
+            config=config,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            strict=strict,
+            torch_device=torch_device,
+            key_mapping=key_mapping,
+            hub=hub.HubOptions.from_kwargs(hub_options),
+        )
+        wrapper = model_class_for(lifecycle.state_of(model).configs[adapter_name], cls).around(model)
+        return wrapper if is_trainable else wrapper.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        config: PeftConfig | None = None,
+        strict: bool = True,
+        **hub_options: Any,
+    ) -> LoadReport:
+        """Load another adapter of the same kind; `set_adapter` makes it the active one.
+
+        If there is one of this name, its tensors are overwritten. Parameters are those of `from_pretrained`; as there,
+        the model is put into eval mode unless `is_trainable`.
+
+        Raises: ConfigError for one of another kind, and what `peftlite.load_adapter` raises; nothing is changed then.
+        """
+        check_not_ephemeral(ephemeral_gpu_offload)
+        options = hub.HubOptions.from_kwargs(hub_options)
+        if config is None:
+            self._check_kind(read_config(hub.resolve(model_id, options)).get("peft_type", self.peft_type))
+        else:
+            check_config(config)
+            self._check_kind(config.peft_type)
+        report = adapters.load_adapter(
+            self,
+            model_id,
+            adapter_name,
+            is_trainable=is_trainable,
+            config=config,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            strict=strict,
+            torch_device=torch_device,
+            key_mapping=key_mapping,
+            hub=options,
+        )
+        if not is_trainable:
+            self.eval()
+        return report
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Collection[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write adapters to a directory: `default` into it, others into sub-directories of their names, and a card.
+
+        Args:
+            save_directory: where to; made if needed.
+            safe_serialization: True; pickled files are read, never written.
+            selected_adapters: which adapters; all by default.
+            save_embedding_layers: whether the base model's embeddings are included. "auto": those with adapters on
+                them, or all if their number of rows was changed.
+            is_main_process: processes that say False write nothing.
+            path_initial_model_for_weight_conversion: not built; None.
+            state_dict: take the tensors from this state dict of the model, gathered from shards.
+
+        Raises: NoAdapterError, AdapterNameError, CheckpointError if the file system refuses.
+        """
+        if not safe_serialization:
+            raise UnsupportedFeatureError(
+                "`safe_serialization` is `False`, which asks for a pickled file: peftlite reads those, and writes "
+                "`adapter_model.safetensors` only. Nothing was written."
+            )
+        if path_initial_model_for_weight_conversion is not None:
+            raise UnsupportedFeatureError(
+                f"`path_initial_model_for_weight_conversion` is `{path_initial_model_for_weight_conversion}`, but this "
+                "version does not have that feature yet; it can only be `None`. Nothing was written."
+            )
+        adapters.save_adapter(
+            self,
+            save_directory,
+            selected_adapters=selected_adapters,
+            save_embedding_layers=save_embedding_layers,
+            is_main_process=is_main_process,
+            state_dict=state_dict,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> str:
+        """Upload all adapters, and a card with these `tags`, to a repository, which is made if there is none.
+
+        Gives back the URL of the commit. An adapter is one file, so `max_shard_size` changes nothing.
+
+        Raises: NoAdapterError, CheckpointError if the hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            self.create_or_update_model_card(directory, tags)
+            return hub.push_to_hub(
+                directory,
+                repo_id,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def create_or_update_model_card(
+        self, output_dir: str | os.PathLike[str], tags: Sequence[str] | None = None
+    ) -> None:
+        """Write the model card in a directory; of one that is there, only our part of its front matter."""
+        card = adapters.card_of(self, next(iter(lifecycle.state_of(self).configs.values())))
+        write_card(output_dir, dataclasses.replace(card, tags=tuple(tags or ())))
+
+
+def model_class_for(config: PeftConfig, otherwise: type[PeftModel] = PeftModel) -> type[PeftModel]:
+    """The wrapper class for a config's task, or `otherwise` without one."""
+    return otherwise if config.task_type is None else TASK_MODELS[TaskType(config.task_type)]
+
+
+def check_not_ephemeral(ephemeral_gpu_offload: bool) -> None:
+    """Refuse what is not built.
+
+    Raises: UnsupportedFeatureError.
+    """
+    if ephemeral_gpu_offload:
+        raise UnsupportedFeatureError(
+            "`ephemeral_gpu_offload` is `True`, but this version does not have that feature yet; it can only be "
+            "`False`. Nothing was changed."
+        )
