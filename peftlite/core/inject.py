@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -89,7 +89,7 @@ def plan(
     found = Found.of(base)
     selection = choose(base, config, found, facts)
     parameters = choose_parameters(config, found)
-    missing = joint_unmatched(selection, parameters)
+    missing = joint_unmatched(selection, parameters, heads_of(config))
     complain(replace(selection, unmatched=missing), unmatched, type(base).__name__, stacklevel=3)
     if not selection.targets and not parameters.targets:
         raise TargetNotFoundError(
@@ -185,14 +185,20 @@ def choose(base: nn.Module, config: PeftConfig, found: Found, facts: ModelFacts)
         values.target_modules = []
     if facts.default_targets is not None:
         facts.default_targets(config)
-    heads = [name for companion in COMPANIONS for name in companion.optional(config)]
-    present = sorted({head for head in heads if any(path.rpartition(".")[2] == head for path in found.places)})
+    present = sorted(
+        {head for head in heads_of(config) if any(path.rpartition(".")[2] == head for path in found.places)}
+    )
     if present:
         values.modules_to_save = sorted({*(values.modules_to_save or ()), *present})
     linear: list[str] = []
     if is_all_linear(values.target_modules):
         linear = [p.path for p in found.places.values() if is_linear(p.module) and p.module is not facts.output_head]
     return select(found.places, TargetSpec.from_config(config), linear=linear)
+
+
+def heads_of(config: PeftConfig) -> set[str]:
+    """The names of the modules that a config's task trains whole, where the model has them."""
+    return {name for companion in COMPANIONS for name in companion.optional(config)}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -210,13 +216,16 @@ def choose_parameters(config: Any, found: Found) -> Selection:
     return replace(selection, unmatched=unmatched)
 
 
-def joint_unmatched(selection: Selection, parameters: Selection) -> tuple[Unmatched, ...]:
-    """The entries that match nothing among modules and parameters together."""
+def joint_unmatched(selection: Selection, parameters: Selection, heads: Collection[str]) -> tuple[Unmatched, ...]:
+    """The entries that match nothing among modules and parameters together; heads may, whoever named them."""
     kept = [
         entry
         for entry in selection.unmatched
-        if entry.field not in ("rank_pattern", "alpha_pattern")
-        or not any(match_pattern([str(entry.entry)], path) for path in parameters.targets)
+        if not (entry.field == "modules_to_save" and entry.entry in heads)
+        and not (
+            entry.field in ("rank_pattern", "alpha_pattern")
+            and any(match_pattern([str(entry.entry)], path) for path in parameters.targets)
+        )
     ]
     return (*kept, *parameters.unmatched)
 
