@@ -12,7 +12,7 @@ from peftlite import _hooks, errors
 from peftlite.config import register_loader
 
 if TYPE_CHECKING:
-    from peftlite.base_tuner import IA3Model, LoHaModel, LoKrModel, LoraModel
+    from peftlite.base_tuner import IA3Model, LoHaModel, LoKrModel, LoraModel, VeraModel
     from peftlite.checkpoint.adapters import load_adapter, save_adapter
     from peftlite.checkpoint.report import LoadReport
     from peftlite.checkpoint.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from peftlite.tuners.loha import LoHaConfig
     from peftlite.tuners.lokr import LoKrConfig
     from peftlite.tuners.lora.config import LoraConfig, LoraRuntimeConfig
+    from peftlite.tuners.vera import VeraConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -82,6 +83,8 @@ __all__ = [
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "VeraConfig",
+    "VeraModel",
     "active_adapters",
     "delete_adapter",
     "disable_adapter",
@@ -112,7 +115,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "peftlite.base_tuner": ("IA3Model", "LoHaModel", "LoKrModel", "LoraModel"),
+    "peftlite.base_tuner": ("IA3Model", "LoHaModel", "LoKrModel", "LoraModel", "VeraModel"),
     "peftlite.checkpoint.adapters": ("load_adapter", "save_adapter"),
     "peftlite.checkpoint.report": ("LoadReport",),
     "peftlite.checkpoint.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
@@ -157,6 +160,7 @@ _HOMES = {
     "peftlite.tuners.loha": ("LoHaConfig",),
     "peftlite.tuners.lokr": ("LoKrConfig",),
     "peftlite.tuners.lora.config": ("LoraConfig", "LoraRuntimeConfig"),
+    "peftlite.tuners.vera": ("VeraConfig",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -137,15 +137,20 @@ class BaseTuner(Wrapper):
             )
         check_bare(model)
         inject(model, _config_named(adapter_name, peft_config), adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        self.model = model
+        self._hold(model)
 
     @classmethod
     def around(cls, model: nn.Module) -> BaseTuner:
         """The wrapper of a model that has its adapters already."""
         tuner = cls.__new__(cls)
         nn.Module.__init__(tuner)
-        tuner.model = model
+        tuner._hold(model)
         return tuner
+
+    def _hold(self, model: nn.Module) -> None:
+        self.model = model
+        state = find_state(model)
+        self._modules.update(state.shared if state is not None else {})  # where readers of PEFT's models look for them
 
     @property
     def active_adapter(self) -> list[str]:
@@ -194,7 +199,16 @@ class LoKrModel(BaseTuner):
     prefix = "lokr_"
 
 
-TUNER_MODELS: dict[PeftType, type[BaseTuner]] = {cls.kind: cls for cls in (LoraModel, IA3Model, LoHaModel, LoKrModel)}
+class VeraModel(BaseTuner):
+    """A model with VeRA adapters (https://arxiv.org/abs/2310.11454)."""
+
+    kind = PeftType.VERA
+    prefix = "vera_lambda_"
+
+
+TUNER_MODELS: dict[PeftType, type[BaseTuner]] = {
+    cls.kind: cls for cls in (LoraModel, IA3Model, LoHaModel, LoKrModel, VeraModel)
+}
 
 
 def tuner_model_for(config: PeftConfig) -> type[BaseTuner]:

@@ -134,5 +134,6 @@ def check_bias_owner(state: AdapterState, config: PeftConfig) -> None:
 
 
 def bias_of(config: PeftConfig) -> str:
-    """`config.bias`: which biases of the base model train along ("none" for methods that have no such field)."""
-    return str(getattr(config, "bias", "none"))
+    """Which biases of the base model train along: "none", "all", or "lora_only", which other methods call otherwise."""
+    bias = str(getattr(config, "bias", "none"))
+    return bias if bias in ("none", "all") else "lora_only"

@@ -1,6 +1,6 @@
 """The methods. Importing this package makes every one of them known."""
 
-from peftlite.tuners import ia3, loha, lokr, modules_to_save
+from peftlite.tuners import ia3, loha, lokr, modules_to_save, vera
 from peftlite.tuners.lora import variant
 
-__all__ = ["ia3", "loha", "lokr", "modules_to_save", "variant"]
+__all__ = ["ia3", "loha", "lokr", "modules_to_save", "variant", "vera"]
