@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -16,14 +15,22 @@ from torch import nn
 
 import peftlite.integrations.transformers.facts
 import peftlite.tuners  # noqa: F401 - both make known what they have
+from peftlite.checkpoint.adapters import save_adapter
 from peftlite.config import PeftConfig
 from peftlite.core import lifecycle, status
 from peftlite.core.inject import inject
 from peftlite.core.tree import find_state
-from peftlite.errors import ConfigError, StateError
+from peftlite.errors import ConfigError
+from peftlite.integrations.transformers import loading, saving
+from peftlite.integrations.transformers.owners import (
+    CONFIGS,
+    FLAG,
+    check_not_foreign,
+    check_not_ours,
+    is_foreign,
+    is_foreign_config,
+)
 
-FLAG = "_hf_peft_config_loaded"
-CONFIGS = "peft_config"
 Method = Callable[..., Any]
 
 
@@ -60,6 +67,7 @@ SHARED: dict[str, Method] = {
     "disable_adapters": lifecycle.disable_adapters,
     "active_adapters": lifecycle.active_adapters,
     "delete_adapter": delete_adapter,
+    "get_adapter_state_dict": saving.get_adapter_state_dict,
 }
 """What transformers has too: our functions, for models with our adapters."""
 
@@ -70,37 +78,13 @@ ADDED: dict[str, Method] = {
     "unload": lifecycle.unload,
     "disable_adapter": lifecycle.disable_adapter,
     "scale_adapter": lifecycle.scale_adapter,
+    "save_adapter": save_adapter,
+    "create_or_update_model_card": saving.create_or_update_model_card,
     "print_trainable_parameters": status.print_trainable_parameters,
     "get_layer_status": status.get_layer_status,
     "get_model_status": status.get_model_status,
 }
 """What transformers does not have."""
-
-
-# ---- whose adapters, whose config
-def is_foreign(model: nn.Module) -> bool:
-    """Whether real `peft` put adapters into `model` by transformers' own methods."""
-    return bool(model.__dict__.get(FLAG))
-
-
-def is_foreign_config(config: object) -> bool:
-    """Whether `config` is one of real `peft`."""
-    peft = sys.modules.get("peft")
-    kind = getattr(peft, "PeftConfig", None)
-    return isinstance(kind, type) and isinstance(config, kind) and not isinstance(config, PeftConfig)
-
-
-def check_not_foreign(model: nn.Module) -> None:
-    """Refuse to treat the adapters of real `peft` as ours.
-
-    Raises: StateError.
-    """
-    if is_foreign(model):
-        names = ", ".join(f"`{name}`" for name in model.__dict__.get(CONFIGS, ()))
-        raise StateError(
-            f"{type(model).__name__} has adapters of the `peft` package ({names}): use its functions, or a model "
-            "without them. Nothing was changed."
-        )
 
 
 # ---- the patch
@@ -114,6 +98,10 @@ def patch(modeling_utils: ModuleType) -> None:
     for name, ours in ADDED.items():
         setattr(mixin, name, _ours_only(ours))
     mixin.add_adapter = _by_config(add_adapter, mixin.add_adapter)
+    mixin.load_adapter = loading.loading(mixin.load_adapter)
+    model: Any = modeling_utils.PreTrainedModel
+    model.save_pretrained = saving.saving(model.save_pretrained)
+    model.push_to_hub = saving.pushing(model.push_to_hub)
     mixin.peft_config = property(_get_configs, _set(CONFIGS), _delete(CONFIGS))
     setattr(mixin, FLAG, property(_get_flag, _set(FLAG), _delete(FLAG)))
 
@@ -149,19 +137,6 @@ def _by_config(ours: Method, theirs: Method) -> Method:
         return theirs(self, adapter_config, adapter_name)
 
     return method
-
-
-def check_not_ours(model: nn.Module) -> None:
-    """Refuse to let real `peft` add adapters beside ours.
-
-    Raises: StateError.
-    """
-    state = find_state(model)
-    if state is not None:
-        raise StateError(
-            f"{type(model).__name__} has adapters of peftlite ({', '.join(f'`{name}`' for name in state.configs)}), "
-            "and this is a config of the `peft` package: use `peftlite.LoraConfig`. Nothing was changed."
-        )
 
 
 # ---- what transformers asks a model about its adapters: derived from the adapters that are there
