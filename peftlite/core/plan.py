@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftlite.core.hosts import Host
+from peftlite.core.hosts import Dense, Host
+from peftlite.core.layer import AdapterLayer
 from peftlite.core.slots import HALF_DTYPES
 from peftlite.core.tree import Place
 from peftlite.core.variant import Placement, TunerSpec, Variant
@@ -44,6 +45,15 @@ class Site:
         """What is there now: the base layer, or its adapter layer if it has adapters already."""
         return self.places[0].module
 
+    def own(self) -> Dense:
+        """The base layer's own weight and bias, whatever other adapters have merged into it."""
+        module: Any = self.module
+        while isinstance(module, AdapterLayer):
+            if module.param == self.param:
+                return module.own()
+            module = module.wrapped
+        return self.host.read()
+
 
 @dataclass(frozen=True)
 class InjectionPlan:
@@ -64,7 +74,7 @@ class InjectionPlan:
     def placement(self, site: Site, on_meta: bool = False) -> Placement:
         """Where the site's new tensors go."""
         device = torch.device("meta") if on_meta else site.host.device
-        return Placement(self.config, site.path, device, self.dtype(site))
+        return Placement(self.config, site.path, device, self.dtype(site), site.own)
 
     # ---- tensors
     def build(self, on_meta: bool = False) -> list[dict[str, Any]]:

@@ -29,6 +29,8 @@ class Placement:
     path: str
     device: torch.device
     dtype: torch.dtype
+    own: Callable[[], Dense] | None = None
+    """Reads the base layer's own weight, whatever is merged; None where no values are wanted, only what there is."""
 
 
 class Variant:

@@ -79,6 +79,11 @@ TUNERS: dict[str, Make] = {
     "lora-modules_to_save": lora(modules_to_save=["head"]),
     "lora-dora": lora(use_dora=True),
     "lora-dora-rslora": lora(use_dora=True, use_rslora=True, lora_dropout=0.3),
+    "lora-pissa": lora(init_lora_weights="pissa"),
+    "lora-olora": lora(init_lora_weights="olora", lora_dropout=0.3),
+    "lora-orthogonal": lora(init_lora_weights="orthogonal"),
+    "lora-mica": lora(init_lora_weights="mica"),
+    "lora-dora-pissa": lora(init_lora_weights="pissa_niter_2", use_dora=True),
     "ia3": ia3(feedforward=False),
     "ia3-feedforward": ia3(feedforward=True),
     "loha": of(LoHaConfig, r=2),
@@ -92,8 +97,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 UNSUPPORTED: dict[tuple[str, str], str] = {
     ("lora-lora_bias", "embedding"): "lora_bias",
-    ("lora-dora", "conv2d-groups"): "use_dora",
-    ("lora-dora-rslora", "conv2d-groups"): "use_dora",
+    **{(tuner, "conv2d-groups"): "use_dora" for tuner in ("lora-dora", "lora-dora-rslora")},
+    **{
+        (f"lora-{init}", kind): "init_lora_weights"
+        for init in ("pissa", "olora", "orthogonal", "mica", "dora-pissa")
+        for kind in ("conv1d-torch", "conv2d", "conv2d-groups", "conv3d")
+    },
     **{(tuner, "embedding"): "Embedding" for tuner in TUNERS if not tuner.startswith("lora")},
 }
 """Combinations that the plan refuses, and what its message names."""
@@ -104,6 +113,10 @@ UNMERGEABLE = {
     *((tuner, "conv2d-groups") for tuner in TUNERS if tuner.startswith("lora")),
 }
 """Combinations whose effect cannot be written into the base layer."""
+
+
+NEARLY_IDENTITY = {"lora-orthogonal"}
+"""Fresh adapters whose factors are not zero, and their product is but for rounding."""
 
 
 @dataclass(frozen=True)

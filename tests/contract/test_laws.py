@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import peftlite
 from peftlite.core.tree import find_state, layers
 from peftlite.errors import MergeError, PeftliteError, UnsupportedLayerError
-from tests.contract.rows import UNSUPPORTED, Case, cases, scramble
+from tests.contract.rows import NEARLY_IDENTITY, UNSUPPORTED, Case, cases, scramble
 
 all_cases = pytest.mark.parametrize("case", list(cases()), ids=str)
 mergeable_cases = pytest.mark.parametrize("case", [c for c in cases() if c.mergeable], ids=str)
@@ -49,7 +49,10 @@ def test_a_fresh_adapter_is_the_identity(case: Case) -> None:
     base, x = case.base().requires_grad_(False), case.feed()  # with gradients, torch may take another kernel
     expected = base(x)
     peftlite.inject_adapter_in_model(case.config(), base)
-    assert torch.equal(base(x), expected)
+    if case.tuner in NEARLY_IDENTITY:
+        torch.testing.assert_close(base(x), expected, **case.tolerance)
+    else:
+        assert torch.equal(base(x), expected)
 
 
 @mergeable_cases

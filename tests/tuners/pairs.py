@@ -25,6 +25,10 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Conv1D": (lambda: Conv1D(OUT, IN), (3, 5, IN)),
     "conv1d": (lambda: nn.Conv1d(IN, OUT, 3, padding=1), (3, IN, 7)),
     "conv2d": (lambda: nn.Conv2d(IN, OUT, 3, stride=2, padding=1, dilation=2), (3, IN, 6, 6)),
+    "conv2d-strided": (
+        lambda: nn.Conv2d(IN, OUT, 3, stride=2, padding=1),
+        (3, IN, 6, 6),
+    ),  # PEFT's LoRA forgets dilation
     "conv2d-1x1": (lambda: nn.Conv2d(IN, OUT, 1), (3, IN, 6, 6)),
     "conv2d-groups": (lambda: nn.Conv2d(IN, OUT, 3, groups=2), (3, IN, 6, 6)),
     "conv3d": (lambda: nn.Conv3d(IN, OUT, (1, 2, 3), bias=False), (3, IN, 4, 4, 4)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -51,8 +52,8 @@ UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
         "ensure_weight_tying": False,
     }
 )
-INITS: Final = ("gaussian",)  # and True, False
-UNBUILT_INITS: Final = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa", "pissa_niter_")
+INITS: Final = ("gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal", "mica")  # and True, False
+UNBUILT_INITS: Final = ("corda", "eva", "loftq", "lora_ga")
 BIASES: Final = ("none", "all", "lora_only")
 
 
@@ -185,20 +186,23 @@ class LoraConfig(PeftConfig):
                 f"`lora_bias` is `True`, which needs `init_lora_weights` to be `True` or `False`, "
                 f"not {show(self.init_lora_weights)}. Nothing was changed."
             )
+        if self.init_lora_weights == "mica" and self.use_dora:
+            raise ConfigError("`init_lora_weights` is `mica`, which has no form with `use_dora`. Nothing was changed.")
 
     def _check_init(self, value: object) -> None:
-        name = value.lower() if isinstance(value, str) else None
-        if name in INITS:
+        name = value.lower() if isinstance(value, str) else ""
+        if name in INITS or re.fullmatch(r"pissa_niter_\d+", name):
             self.init_lora_weights = name
             return
-        if name is not None and name.startswith(UNBUILT_INITS):
+        choices = ", ".join(f"`{choice}`" for choice in ("True", "False", *INITS))
+        if name.startswith(UNBUILT_INITS):
             raise UnsupportedFeatureError(
                 f"`init_lora_weights` is {show(value)}, but this version does not have that feature yet; "
-                "it can be `True`, `False`, `gaussian`. Nothing was changed."
+                f"it can be {choices} (with any number at the end). Nothing was changed."
             )
         raise ConfigError(
             f"`init_lora_weights` is {show(value)}; nearest: {nearest(str(value), ('True', 'False', *INITS))}. "
-            "It can be `True`, `False`, `gaussian`. Nothing was changed."
+            f"It can be {choices}. Nothing was changed."
         )
 
 

@@ -66,9 +66,10 @@ class Dora(Shifted):
     """
 
     def check(self, host: Host, config: Any, path: str) -> str | None:
-        if described(host) is None:
+        reason = super().check(host, config, path)
+        if reason is None and described(host) is None:
             return f"DoRA (`use_dora`) has no form for {'groups in a ' * isinstance(host, ConvHost)}{host.name}"
-        return super().check(host, config, path)
+        return reason
 
     def init(self, host: Host, at: Placement) -> dict[str, Any]:
         values = super().init(host, at)
@@ -76,12 +77,12 @@ class Dora(Shifted):
         if known is None:
             raise NotImplementedError(host.label)
         label, shape = known
-        if at.device.type == "meta":
+        if at.own is None or at.device.type == "meta":
             lengths = torch.empty(shape, dtype=at.dtype, device=at.device)
         else:
             a: Any = SimpleNamespace(**values)
             A, B = net_pair(host, a)
-            lengths = row_norms(host.read().weight, A, B, values["scaling"], changed=bool(A.any() and B.any()))
+            lengths = row_norms(at.own().weight, A, B, values["scaling"], changed=bool(A.any() and B.any()))
             lengths = lengths.to(at.device, at.dtype)
         return {**values, "lora_magnitude_vector": Magnitude(label, lengths.view(shape))}
 

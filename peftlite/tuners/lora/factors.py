@@ -14,6 +14,7 @@ from peftlite.core.hosts import ALL_ROWS, ConvHost, EmbeddingHost, Host, LinearH
 from peftlite.core.slots import View, build_linear
 from peftlite.core.variant import Placement
 from peftlite.tuners.lora.config import LoraConfig
+from peftlite.tuners.lora.inits.table import beginning
 
 
 @singledispatch
@@ -86,7 +87,8 @@ def entries(host: Host, r: int) -> int:
 
 @cannot_adapt.register
 def _(host: LinearHost, config: LoraConfig, path: str) -> str | None:
-    return None
+    begin = beginning(config.init_lora_weights)
+    return None if begin is None else begin.cannot(host, config.rank_for(path))
 
 
 @factors.register
@@ -100,7 +102,9 @@ def _(host: LinearHost, r: int, at: Placement) -> dict[str, Any]:
     bias = None
     if config.lora_bias:
         bias = uniform((out,), r, at) if config.init_lora_weights is False else zeros((out,), at)
-    return {"lora_A": build_linear(into, r, A), "lora_B": build_linear(r, out, B, bias)}
+    made = {"lora_A": build_linear(into, r, A), "lora_B": build_linear(r, out, B, bias)}
+    begin = beginning(config.init_lora_weights)
+    return made if begin is None else begin.fill(made, host, at)
 
 
 @pair.register
@@ -151,6 +155,8 @@ def _(host: EmbeddingHost, a: View, entered: Tensor) -> Tensor:
 
 @cannot_adapt.register
 def _(host: ConvHost, config: LoraConfig, path: str) -> str | None:
+    if beginning(config.init_lora_weights) is not None:
+        return f"`init_lora_weights={config.init_lora_weights!r}` has no form for convolutions"
     groups, r = groups_of(host), config.rank_for(path)
     if r % groups:
         return f"its {groups} groups do not divide the rank {r}; nearest: {max(groups, r // groups * groups)}"
@@ -213,6 +219,8 @@ def _(host: ParamHost, config: LoraConfig, path: str) -> str | None:
         return "its q, k and v have projections of their own, which `target_parameters` can name"
     if host.parameter.dim() not in (2, 3):
         return f"it has {host.parameter.dim()} dimensions, where a matrix or a stack of matrices is needed"
+    if beginning(config.init_lora_weights) is not None:
+        return f"`init_lora_weights={config.init_lora_weights!r}` has no form for parameters"
     if config.lora_dropout:
         return f"`lora_dropout` is `{config.lora_dropout}`, and its input is not seen by the adapter; it must be 0"
     return "`lora_bias` needs a layer that is called" if config.lora_bias else None

@@ -8,24 +8,18 @@ as buffers that no state dict and no file has: they follow from the base weight,
 from __future__ import annotations
 
 from functools import singledispatch
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from peftlite.core.hosts import ALL_ROWS, Host, LinearHost
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
 from peftlite.tuners.lora.factors import entering, low_rank, outer, pair, product
+from peftlite.tuners.lora.inits.table import started
 from peftlite.tuners.lora.plain import Lora
-
-START = "start"
-
-
-def set_start(A: nn.Module, B: nn.Module, start: tuple[Tensor, Tensor]) -> None:
-    """Note what the factors of a linear layer were at first."""
-    for factor, first in zip((A, B), start, strict=True):
-        factor.register_buffer(START, first, persistent=False)
 
 
 @singledispatch
@@ -36,8 +30,7 @@ def start_of(host: Host, a: View) -> tuple[Tensor, Tensor] | None:
 
 @start_of.register
 def _(host: LinearHost, a: View) -> tuple[Tensor, Tensor] | None:
-    A: Tensor | None = a.lora_A._buffers.get(START)
-    B: Tensor | None = a.lora_B._buffers.get(START)
+    A, B = started(a.lora_A), started(a.lora_B)
     return None if A is None or B is None else (A, B)
 
 
@@ -75,3 +68,13 @@ class Shifted(Lora):
 
     def bind(self, a: View, slow: Program) -> Program | None:
         return super().bind(a, slow) if start_of(a.layer.host, a) is None else None
+
+
+class Mica(Lora):
+    """MiCA: LoRA of which only A trains; B are directions in which the base layer's output varies least."""
+
+    frozen = frozenset({"lora_B", "lora_embedding_B"})
+
+    def size(self, host: Host, config: Any, path: str) -> tuple[int | None, int]:
+        r, parameters = super().size(host, config, path)
+        return r, parameters - config.rank_for(path) * host.shape[0]

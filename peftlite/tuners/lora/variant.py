@@ -10,7 +10,9 @@ from peftlite.core.slots import ModuleSlot, Slot
 from peftlite.core.variant import TunerSpec, Variant, register
 from peftlite.tuners.lora.config import LoraConfig
 from peftlite.tuners.lora.dora import Dora
+from peftlite.tuners.lora.inits.table import beginning
 from peftlite.tuners.lora.plain import Lora
+from peftlite.tuners.lora.start import Mica, Shifted
 
 SLOTS = (
     Slot("lora_dropout", ModuleSlot, trainable=False),
@@ -22,12 +24,18 @@ SLOTS = (
 )
 
 _LORA = Lora()
+_SHIFTED = Shifted()
+_MICA = Mica()
 _DORA = Dora()
 
 
 def variant_for(config: LoraConfig) -> Variant:
     """The variant that a config asks for."""
-    return _DORA if config.use_dora else _LORA
+    if config.use_dora:
+        return _DORA
+    if config.init_lora_weights == "mica":
+        return _MICA
+    return _LORA if beginning(config.init_lora_weights) is None else _SHIFTED
 
 
 def resolve(config: LoraConfig, hosts: Sequence[tuple[str, Host]]) -> None:
