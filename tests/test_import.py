@@ -89,6 +89,10 @@ print(len(peftlite.get_layer_status(peftlite.inject_adapter_in_model(config, mod
     assert run(code) == "1\n"
 
 
+def function_of(attribute: Any) -> Any:
+    return attribute.__func__ if isinstance(attribute, classmethod | staticmethod) else attribute
+
+
 def shared() -> dict[str, tuple[Any, Any]]:
     """Functions and methods that both libraries have, by name: (ours, PEFT's)."""
     found = {}
@@ -98,7 +102,7 @@ def shared() -> dict[str, tuple[Any, Any]]:
             found[name] = (ours, theirs)
         if isinstance(ours, type) and isinstance(theirs, type) and issubclass(ours, torch.nn.Module):
             for method in dir(ours):
-                mine, other = (inspect.getattr_static(cls, method, None) for cls in (ours, theirs))
+                mine, other = (function_of(inspect.getattr_static(cls, method, None)) for cls in (ours, theirs))
                 if inspect.isfunction(mine) and inspect.isfunction(other) and not hasattr(torch.nn.Module, method):
                     found[f"{name}.{method}"] = (mine, other)
     return found

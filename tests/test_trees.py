@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from peftlite import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, wrap
+from peftlite import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, wrap
 
 DATA = Path(__file__).parent / "data"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -142,6 +142,9 @@ def test_the_example_of_pefts_page_on_injection() -> None:
     )
     assert str(model) == str(theirs)
     assert list(model.state_dict()) == list(theirs.state_dict())
+    peft_state_dict = get_peft_model_state_dict(model)
+    assert sorted(peft_state_dict) == sorted(peft.get_peft_model_state_dict(theirs))
+    assert sorted(peft_state_dict) == ["linear.lora_A.weight", "linear.lora_B.weight"]
 
 
 @pytest.mark.parametrize("task", [None, *peft.TaskType])
