@@ -5,7 +5,8 @@
     in a wrapped model      base_model.model.model.layers.0.q_proj.lora_A.default.weight
     in an in-place model                     model.layers.0.q_proj.lora_A.default.weight
 
-A file never holds an adapter's name, and its keys are the same whichever shape the adapter was saved from.
+A file never holds an adapter's name, and its keys are the same whichever shape the adapter was saved from. What all
+layers of an adapter share belongs to no layer: `base_model.vera_A`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ _NUMBER = re.compile(r"\d+")
 def file_key(path: str, suffix: str) -> str:
     """A file's key: `("lm_head", "lora_A.weight")` -> `base_model.model.lm_head.lora_A.weight`."""
     return PREFIX + (f"{path}.{suffix}" if path else suffix)
+
+
+def shared_key(slot: str) -> str:
+    """The key of a tensor that all layers share: `base_model.vera_A`."""
+    return f"base_model.{slot}"
 
 
 def split_file_key(key: str, suffixes: Iterable[str]) -> tuple[str, str] | None:

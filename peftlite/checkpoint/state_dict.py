@@ -17,6 +17,7 @@ from peftlite.checkpoint.spots import Spot, is_companion, spots
 from peftlite.checkpoint.targets import (
     BaseTarget,
     LayerTarget,
+    SharedTarget,
     Target,
     Targets,
     Undo,
@@ -59,7 +60,9 @@ def get_peft_model_state_dict(
     """
     tensors = adapter_tensors(model, adapter_name, save_embedding_layers, state_dict)
     prefix = key_prefix(model)
-    return {prefix + without_prefix(key): tensor for key, tensor in tensors.items()}
+    return {
+        prefix + without_prefix(key) if key.startswith(PREFIX) else key: tensor for key, tensor in tensors.items()
+    }
 
 
 def key_prefix(model: nn.Module) -> str:
@@ -102,7 +105,7 @@ def adapter_tensors(
     tables = saved_tables(base, name, config, save_embedding_layers)
     chosen: dict[str, Tensor] = {}
     for key, target in targets.places.items():
-        if isinstance(target, LayerTarget):
+        if isinstance(target, LayerTarget | SharedTarget):
             chosen[key] = target.tensor
         elif isinstance(target, BaseTarget) and (target.wanted.required or id(target.module) in tables):
             chosen[key] = target.own
@@ -226,7 +229,9 @@ def set_peft_model_state_dict(
 
 def with_file_keys(tensors: Mapping[str, Tensor], prefix: str, targets: Targets) -> dict[str, Tensor]:
     """`tensors` by the keys of files, where those now are either these, or relative to a module with this prefix."""
-    renamed = {PREFIX + key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    renamed = {
+        key if key in targets.places else PREFIX + key.removeprefix(prefix): tensor for key, tensor in tensors.items()
+    }
     forms = [dict(tensors), renamed] if prefix != PREFIX else [dict(tensors)]
     return max(forms, key=lambda form: len(form.keys() & targets.places.keys()))
 

@@ -1,6 +1,6 @@
 """Where the tensors of an adapter's file are in a model that has the adapter, or has it once a plan is carried out.
 
-Three kinds of tensors are in a file: the adapter's own; base biases, which `bias="all"` or `"lora_only"` trains along;
+Three kinds of tensors are in a file: the adapter's own, on its layers or shared by them; base biases, which `bias="all"` or `"lora_only"` trains along;
 and base embeddings, which are saved with adapters on them, or when their number of rows was changed. Keys are those of
 a model that has this adapter alone, so that a file does not depend on what else was there when it was written.
 """
@@ -15,16 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftlite.checkpoint.keys import file_key
+from peftlite.checkpoint.keys import file_key, shared_key
 from peftlite.checkpoint.report import Wanted
 from peftlite.checkpoint.spots import Spot, existing_layer, is_companion, joined_path, spots
 from peftlite.core.hosts import is_borrowed
 from peftlite.core.inject import ModelFacts, facts_of, innermost
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import InjectionPlan, Site
-from peftlite.core.slots import replace_tensor
+from peftlite.core.slots import BufferSlot, replace_tensor
 from peftlite.core.state import bias_of
-from peftlite.core.tree import base_model_of, is_bias
+from peftlite.core.tree import base_model_of, find_state, is_bias
 from peftlite.core.variant import TunerSpec
 from peftlite.errors import CheckpointError, StateError
 
@@ -133,9 +133,39 @@ class LayerTarget(Target):
         return _copy_back(self.tensor)
 
 
+@dataclass(frozen=True)
+class SharedTarget(Target):
+    """A tensor that all layers share."""
+
+    container: BufferSlot
+    name: str
+    tensor: Tensor
+    wanted: Wanted
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return _or_cpu(self.tensor.device)
+
+    def put(self, new: Tensor) -> None:
+        if self.tensor.is_meta:
+            self.container[self.name] = new
+        else:
+            _copy(self.tensor, new)
+
+    def remember(self) -> Undo:
+        return (lambda: None) if self.tensor.is_meta else _copy_back(self.tensor)
+
+
 def live_targets(model: nn.Module, name: str, config: Any) -> Targets:
     """The places in the adapter `name` of a model."""
     base, found = base_model_of(model), Targets()
+    state = find_state(base)
+    for slot, container in state.shared.items() if state is not None else ():
+        if name in container:
+            tensor, key = container[name], shared_key(slot)
+            found.ignored.add(key)
+            if container.in_files(name):
+                found.places[key] = SharedTarget(container, name, tensor, _wanted(tensor))
     facts = facts_of(base)
     for spot in spots(base, name):
         layer = spot.module
@@ -176,6 +206,9 @@ class Blueprint:
     """Slot or number -> value, for each site."""
     filled: list[dict[str, Tensor]]
     """Suffix -> the tensor to use, for each site."""
+    shared: dict[str, Tensor]
+    """Slot -> what all sites share."""
+    filled_shared: dict[str, Tensor] = field(default_factory=dict)
     device: torch.device | None = None
 
     @classmethod
@@ -189,11 +222,17 @@ class Blueprint:
         except (RuntimeError, OverflowError, TypeError) as error:
             reason = str(error).split("\n")[0]
             raise CheckpointError(f"The config asks for what cannot be made: {reason}. Nothing was changed.") from error
-        return cls(planned, values, [{} for _ in values], device)
+        return cls(planned, values, [{} for _ in values], planned.shared(torch.device("meta")), device=device)
 
     def targets(self) -> Targets:
         """The places in it, and those in the base model, by the keys that they have once it is attached."""
         base, found = self.planned.model, Targets()
+        for slot, tensor in self.shared.items():
+            key = shared_key(slot)
+            found.ignored.add(key)
+            if self.planned.saves_shared:
+                place = self.place(self.planned.sites[0])
+                found.places[key] = SiteTarget(self.filled_shared, slot, _wanted(tensor), place)
         facts = facts_of(base)
         joined = {id(existing_layer(site)): site for site in self.planned.sites}
         indices = {id(site): index for index, site in enumerate(self.planned.sites)}
@@ -223,7 +262,13 @@ class Blueprint:
 
     def built(self) -> list[Mapping[str, Any]]:
         """What to attach: every tensor that was put there, and first values for the rest, if there is any."""
-        return [self._built(index) for index in range(len(self.values))]
+        shared = self.filled_shared
+        if shared.keys() != self.shared.keys():
+            shared = {**self.planned.shared(self.place(self.planned.sites[0])), **shared}
+        return [
+            {**self._built(index), **(shared if site.tuner.shared else {})}
+            for index, site in enumerate(self.planned.sites)
+        ]
 
     def _built(self, index: int) -> Mapping[str, Any]:
         site, values = self.planned.sites[index], self.values[index]

@@ -328,10 +328,9 @@ def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable
         layer = layer_at(site, state)
         layer.__dict__["shared_weight"] = site.shared
         layer.add(name, site.variant, values)
-    for site in planned.sites:
-        if site.tuner.shared is not None and not site.tuner.shared.saved(planned.config):
-            for slot in (slot for slot in site.tuner.slots if slot.shared):
-                state.shared[slot.name].leave_out(name)
+    for container in state.shared.values():
+        if name in container and not planned.saves_shared:
+            container.leave_out(name)
     state.add(name, planned.config, trainable)
     number(base)
     if first:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,18 +79,24 @@ class InjectionPlan:
     # ---- tensors
     def build(self, on_meta: bool = False) -> list[dict[str, Any]]:
         """New tensors and numbers for each site."""
-        shared = self.shared(on_meta)
+        shared = self.shared(torch.device("meta") if on_meta and self.saves_shared else None)
         return [
             {**site.variant.init(site.host, self.placement(site, on_meta)), **(shared if site.tuner.shared else {})}
             for site in self.sites
         ]
 
-    def shared(self, on_meta: bool = False) -> dict[str, torch.Tensor]:
-        """New tensors that all sites share; those that no file has are not on the meta device."""
+    @property
+    def saves_shared(self) -> bool:
+        """Whether files have the tensors that all sites share; else they are made again from the config."""
+        return any(site.tuner.shared is not None and site.tuner.shared.saved(self.config) for site in self.sites)
+
+    def shared(self, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+        """New tensors that all sites share, on a device (default: that of the first site)."""
         sites = [site for site in self.sites if site.tuner.shared is not None]
         if not sites or (shared := sites[0].tuner.shared) is None:
             return {}
-        placement = self.placement(sites[0], on_meta and shared.saved(self.config))
+        placement = self.placement(sites[0])
+        placement = placement if device is None else replace(placement, device=device)
         return shared.make(self.config, [site.host for site in sites], placement)
 
     # ---- totals

@@ -107,6 +107,10 @@ class BufferSlot(nn.Module):
         """Keep an adapter's tensor out of state dicts and files: it can be made again."""
         self._non_persistent_buffers_set.add(key)
 
+    def in_files(self, key: str) -> bool:
+        """Whether state dicts and files have this adapter's tensor."""
+        return key not in self._non_persistent_buffers_set
+
     def __contains__(self, key: object) -> bool:
         return key in self._buffers
 

@@ -104,7 +104,7 @@ def targets_from(state_dict: Mapping[str, Tensor], config: PeftConfig) -> PeftCo
 
     Raises: CheckpointError if there are none.
     """
-    slots = {slot.name for slot in tuner_for(config).slots}
+    slots = {slot.name for slot in tuner_for(config).slots if not slot.shared}
     paths = set()
     for key in state_dict:
         parts = without_prefix(key).split(".")
