@@ -18,8 +18,8 @@ from peftlite.checkpoint.hub import resolve
 from peftlite.checkpoint.keys import shown, with_prefix, without_prefix
 from peftlite.checkpoint.report import LoadReport
 from peftlite.checkpoint.spots import spots
-from peftlite.checkpoint.state_dict import adapter_tensors, apply, bare, check_unmerged, stage
-from peftlite.checkpoint.targets import Blueprint, live_targets
+from peftlite.checkpoint.state_dict import Staged, adapter_tensors, apply, bare, check_unmerged, stage
+from peftlite.checkpoint.targets import Blueprint, Targets, live_targets
 from peftlite.checkpoint.tensorfile import TensorInfo, TensorSource
 from peftlite.config import HubOptions, PeftConfig, config_from_dict
 from peftlite.core.binding import number, rebind
@@ -198,7 +198,7 @@ class Loader:
         """Add the adapter with the file's tensors: everything is read and checked before the model is touched."""
         planned = plan(self.model, self.config, self.name, unmatched="warn", autocast_adapter_dtype=autocast)
         blueprint = Blueprint.of(planned, device)
-        report, staged = stage(blueprint.targets(), self.source, self.name, self.what, strict=self.strict)
+        report, staged = self._stage(blueprint.targets())
         theirs = [(target, tensor) for target, tensor in staged if not target.of_base]
         apply(theirs)
         built = blueprint.built()
@@ -217,6 +217,9 @@ class Loader:
         apply([(target, tensor) for target, tensor in staged if target.of_base], detach)
         return report
 
+    def _stage(self, targets: Targets) -> tuple[LoadReport, Staged]:
+        return stage(targets, self.source, self.name, self.what, strict=self.strict, stacklevel=6)
+
     def overwrite(self, trainable: bool) -> LoadReport:
         """Give the adapter of this name the file's tensors.
 
@@ -226,7 +229,7 @@ class Loader:
         own = state_of(self.model).configs[self.name]
         self._check_same(own)
         targets = live_targets(self.model, self.name, own)
-        report, staged = stage(targets, self.source, self.name, self.what, strict=self.strict)
+        report, staged = self._stage(targets)
         apply(staged)
         if trainable:
             set_requires_grad(self.model, self.name, True)

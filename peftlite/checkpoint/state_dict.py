@@ -60,9 +60,7 @@ def get_peft_model_state_dict(
     """
     tensors = adapter_tensors(model, adapter_name, save_embedding_layers, state_dict)
     prefix = key_prefix(model)
-    return {
-        prefix + without_prefix(key) if key.startswith(PREFIX) else key: tensor for key, tensor in tensors.items()
-    }
+    return {prefix + without_prefix(key) if key.startswith(PREFIX) else key: tensor for key, tensor in tensors.items()}
 
 
 def key_prefix(model: nn.Module) -> str:
@@ -260,6 +258,7 @@ def stage(
     *,
     strict: bool = True,
     other_shapes: bool = False,
+    stacklevel: int = 4,
 ) -> tuple[LoadReport, Staged]:
     """Read what belongs into `targets`, after checking that all of it can be used; changes nothing.
 
@@ -270,7 +269,7 @@ def stage(
     wanted = targets.wanted
     report = compare(wanted, source.infos, name, targets.slots, targets.ignored)
     if strict:
-        settle(report, what, other_shapes=other_shapes, stacklevel=4)
+        settle(report, what, other_shapes=other_shapes, stacklevel=stacklevel)
     staged: Staged = []
     for key in report.loaded_keys:
         target = targets.places[key]
@@ -280,7 +279,7 @@ def stage(
         target.check(tensor)
         staged.append((target, tensor))
     if not strict or report.not_finite_keys:
-        settle(report, what, strict=strict, stacklevel=4)
+        settle(report, what, strict=strict, stacklevel=stacklevel)
     return report, staged
 
 

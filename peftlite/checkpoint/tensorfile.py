@@ -86,7 +86,8 @@ class MemoryTensors:
         self.infos = {key: TensorInfo(t.dtype, tuple(t.shape)) for key, t in tensors.items()}
 
     def read(self, key: str) -> Tensor:
-        return self._tensors[key].detach()
+        """One tensor, in memory of its own."""
+        return self._tensors[key].detach().clone(memory_format=torch.contiguous_format)
 
     def close(self) -> None:
         pass
