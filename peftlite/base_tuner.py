@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from peftlite.config import PeftConfig, PeftType
 from peftlite.core import lifecycle
 from peftlite.core.call import Call
-from peftlite.core.inject import inject
+from peftlite.core.inject import check_config, inject
 from peftlite.core.tree import Shell, base_model_of, find_state, named_layers
-from peftlite.errors import AdapterNameError, StateError, UnsupportedFeatureError, nearest
+from peftlite.core.variant import tuner_for
+from peftlite.errors import AdapterNameError, ConfigError, StateError, nearest
 
 
 class Wrapper(Shell):
@@ -111,8 +112,12 @@ class BaseTuner(Wrapper):
         peft_config: what to add, or a dict that has it under `adapter_name`.
         adapter_name: the adapter's name.
         low_cpu_mem_usage: make the adapter's tensors on the meta device, to be loaded.
+        autocast_adapter_dtype: keep adapters in fp32 on a base in half precision.
 
-    Raises: StateError if `model` has adapters, and what `peftlite.plan` raises; the model is then as it was.
+    Raises:
+        StateError: `model` has adapters.
+        ConfigError: the config is of another kind.
+        AdapterNameError, TargetNotFoundError, UnsupportedLayerError: as `peftlite.plan`. The model is then as it was.
     """
 
     inside = "model"
@@ -128,16 +133,22 @@ class BaseTuner(Wrapper):
         peft_config: PeftConfig | Mapping[str, PeftConfig],
         adapter_name: str,
         low_cpu_mem_usage: bool = False,
-        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__()
-        if state_dict is not None:
-            raise UnsupportedFeatureError(
-                "`state_dict` can be given to `inject_adapter_in_model`. Nothing was changed."
-            )
+        config = _config_named(adapter_name, peft_config)
         check_bare(model)
-        inject(model, _config_named(adapter_name, peft_config), adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        self._hold(model)
+        check_config(config)
+        check_kind(self, self.kind, config.peft_type)
+        inject(
+            model,
+            config,
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+        self.model = model
 
     @classmethod
     def around(cls, model: nn.Module) -> BaseTuner:
@@ -212,7 +223,11 @@ TUNER_MODELS: dict[PeftType, type[BaseTuner]] = {
 
 
 def tuner_model_for(config: PeftConfig) -> type[BaseTuner]:
-    """The inner wrapper class for adapters of a config's kind."""
+    """The inner wrapper class for adapters of a config's kind.
+
+    Raises: ConfigError for a kind that no tuner implements.
+    """
+    tuner_for(config)
     return TUNER_MODELS[PeftType(str(getattr(config.peft_type, "value", config.peft_type)))]
 
 
@@ -244,6 +259,19 @@ def prepare_for_gradient_checkpointing(model: nn.Module) -> None:
         enable()
     elif (embeddings := getattr(model, "get_input_embeddings", None)) is not None:
         embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+
+def check_kind(wrapper: Wrapper, kind: PeftType, given: object) -> None:
+    """Refuse adapters of another kind than a wrapper's.
+
+    Raises: ConfigError.
+    """
+    found = str(getattr(given, "value", given))
+    if found != kind.value:
+        raise ConfigError(
+            f"`peft_type={found!r}`: a {type(wrapper).__name__} whose adapters are of the kind `{kind.value}` takes no "
+            "other. Nothing was changed."
+        )
 
 
 def _config_named(name: str, config: PeftConfig | Mapping[str, PeftConfig]) -> PeftConfig:

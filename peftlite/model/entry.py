@@ -83,6 +83,7 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
     *,
+    autocast_adapter_dtype: bool = True,
     unmatched: UnmatchedPolicy = "error",
 ) -> M:
     """Add an adapter to any torch module, in place, make it the active one, and give the module back.
@@ -93,7 +94,14 @@ def inject_adapter_in_model(
     Raises: what `peftlite.plan` raises; the model is then as it was.
     """
     config = peft_config if state_dict is None else targets_from(state_dict, peft_config)
-    inject(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, unmatched=unmatched)
+    inject(
+        model,
+        config,
+        adapter_name,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        unmatched=unmatched,
+    )
     if lifecycle.active_adapters(model) != [adapter_name]:
         lifecycle.set_adapter(model, adapter_name)
     return model

@@ -16,6 +16,7 @@ from peftlite.base_tuner import (
     BaseTuner,
     Wrapper,
     check_bare,
+    check_kind,
     prepare_for_gradient_checkpointing,
     tuner_model_for,
 )
@@ -28,7 +29,7 @@ from peftlite.core import lifecycle, status
 from peftlite.core.inject import check_config, inject
 from peftlite.core.targets import UnmatchedPolicy
 from peftlite.core.tree import base_model_of, layers
-from peftlite.errors import ConfigError, StateError, UnsupportedFeatureError
+from peftlite.errors import StateError, UnsupportedFeatureError
 
 TASK_MODELS: dict[TaskType, type[PeftModel]] = {}
 """The wrapper class of each task."""
@@ -68,6 +69,8 @@ class PeftModel(Wrapper):
     ) -> None:
         super().__init__()
         check_bare(model)
+        check_config(peft_config)
+        tuner = tuner_model_for(peft_config)
         inject(
             model,
             peft_config,
@@ -76,7 +79,7 @@ class PeftModel(Wrapper):
             autocast_adapter_dtype=autocast_adapter_dtype,
             unmatched=unmatched,
         )
-        self.base_model = tuner_model_for(peft_config).around(model)
+        self.base_model = tuner.around(model)
         prepare_for_gradient_checkpointing(model)
 
     @classmethod
@@ -181,7 +184,7 @@ class PeftModel(Wrapper):
         Raises: ConfigError for one of another kind, and what `peftlite.plan` raises; nothing is changed then.
         """
         check_config(peft_config)
-        self._check_kind(peft_config.peft_type)
+        check_kind(self, self.peft_type, peft_config.peft_type)
         inject(
             self,
             peft_config,
@@ -190,14 +193,6 @@ class PeftModel(Wrapper):
             autocast_adapter_dtype=autocast_adapter_dtype,
             unmatched=unmatched,
         )
-
-    def _check_kind(self, peft_type: object) -> None:
-        kind = str(getattr(peft_type, "value", peft_type))
-        if kind != self.peft_type.value:
-            raise ConfigError(
-                f"`peft_type={kind!r}`: this {type(self).__name__} has adapters of the kind "
-                f"`{self.peft_type.value}`, and all of one model are of one kind. Nothing was changed."
-            )
 
     # ---- files
     @classmethod
@@ -280,10 +275,11 @@ class PeftModel(Wrapper):
         check_not_ephemeral(ephemeral_gpu_offload)
         options = hub.HubOptions.from_kwargs(hub_options)
         if config is None:
-            self._check_kind(read_config(hub.resolve(model_id, options)).get("peft_type", self.peft_type))
+            found = read_config(hub.resolve(model_id, options)).get("peft_type", self.peft_type)
         else:
             check_config(config)
-            self._check_kind(config.peft_type)
+            found = config.peft_type
+        check_kind(self, self.peft_type, found)
         report = adapters.load_adapter(
             self,
             model_id,
