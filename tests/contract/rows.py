@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peftlite
-from peftlite import IA3Config, LoHaConfig, LoKrConfig, LoraConfig
+from peftlite import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig
 from peftlite.core.tree import layers
 
 IN, OUT, BATCH, LENGTH, VOCAB = 12, 10, 3, 5, 20
@@ -91,6 +91,8 @@ TUNERS: dict[str, Make] = {
     "lokr": of(LoKrConfig, r=4),
     "lokr-low_rank": of(LoKrConfig, r=1, decompose_both=True, decompose_factor=2),
     "lokr-effective": of(LoKrConfig, r=1, use_effective_conv2d=True),
+    "vera": of(VeraConfig, r=6),
+    "vera-unsaved": of(VeraConfig, r=6, save_projection=False, vera_dropout=0.1),
 }
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -104,6 +106,11 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
         for kind in ("conv1d-torch", "conv2d", "conv2d-groups", "conv3d")
     },
     **{(tuner, "embedding"): "Embedding" for tuner in TUNERS if not tuner.startswith("lora")},
+    **{
+        (tuner, kind): "Conv"
+        for tuner in ("vera", "vera-unsaved")
+        for kind in ("conv1d-torch", "conv2d", "conv2d-groups", "conv3d")
+    },
 }
 """Combinations that the plan refuses, and what its message names."""
 

@@ -99,7 +99,7 @@ class Pair:
     # ---- what must not differ
     def check_names(self) -> None:
         ours, theirs = self.models
-        assert repr(ours.base_model.model) == repr(theirs.base_model.model)
+        assert repr(ours) == repr(theirs)
         assert list(ours.state_dict()) == list(theirs.state_dict())
         assert [n for n, p in ours.named_parameters() if p.requires_grad] == [
             n for n, p in theirs.named_parameters() if p.requires_grad
