@@ -27,8 +27,8 @@ class ModulesToSave(Variant):
     exclusive = True
 
     def init(self, host: Host, at: Placement) -> dict[str, Any]:
-        module = copy.deepcopy(host.layer)
-        return {"modules_to_save": module.to("meta") if at.device.type == "meta" else module}
+        copied = without_memory if at.device.type == "meta" else copy.deepcopy
+        return {"modules_to_save": copied(host.layer)}
 
     def size(self, host: Host, config: Any, path: str) -> tuple[int | None, int]:
         return None, sum(p.numel() for p in host.layer.parameters())
@@ -42,6 +42,13 @@ class ModulesToSave(Variant):
     def replacement(self, a: View) -> nn.Module:
         module: nn.Module = a.modules_to_save
         return module
+
+
+def without_memory(module: nn.Module) -> nn.Module:
+    """A copy on the meta device; not made by way of a copy with memory, since heads can be large."""
+    parameters = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    buffers = {id(b): b.detach().to("meta") for b in module.buffers()}
+    return copy.deepcopy(module, {**parameters, **buffers})
 
 
 def saved_with(config: Any) -> tuple[str, ...]:
