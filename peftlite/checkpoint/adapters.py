@@ -202,7 +202,8 @@ class Loader:
         theirs = [(target, tensor) for target, tensor in staged if not target.of_base]
         apply(theirs)
         built = blueprint.built()
-        flags = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
+        first = find_state(self.base) is None  # and so the base model will be frozen
+        flags = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()] if first else []
 
         def detach() -> None:
             take_back(self.base, self.name)
