@@ -33,7 +33,7 @@ def spots(base: nn.Module, name: str, planned: InjectionPlan | None = None) -> I
     coming: dict[int, list[Site]] = {}
     joined: set[int] = set()
     for site in planned.sites if planned is not None else ():
-        layer = existing_layer(site)
+        layer = site.layer
         if layer is None:
             coming.setdefault(id(site.module), []).insert(0, site)  # a later one goes around an earlier one
         else:
@@ -68,16 +68,6 @@ def joined_path(path: str, name: str) -> str:
     if name in WRAPPER_PARTS:
         return path
     return f"{path}.{name}" if path else name
-
-
-def existing_layer(site: Site) -> AdapterLayer | None:
-    """The adapter layer that a site's adapter will join, if it is there already."""
-    module = site.module
-    while isinstance(module, AdapterLayer):
-        if module.param == site.param:
-            return module
-        module = module.wrapped
-    return None
 
 
 def is_companion(tuner: TunerSpec) -> bool:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from peftlite.checkpoint.keys import file_key, shared_key
 from peftlite.checkpoint.report import Wanted
-from peftlite.checkpoint.spots import Spot, existing_layer, is_companion, joined_path, spots
+from peftlite.checkpoint.spots import Spot, is_companion, joined_path, spots
 from peftlite.core.hosts import is_borrowed
 from peftlite.core.inject import ModelFacts, facts_of, innermost
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import InjectionPlan, Site
-from peftlite.core.slots import BufferSlot, replace_tensor
+from peftlite.core.slots import BufferSlot, fill_in
 from peftlite.core.state import bias_of
 from peftlite.core.tree import base_model_of, find_state, is_bias
 from peftlite.core.variant import TunerSpec
@@ -234,7 +234,7 @@ class Blueprint:
                 place = self.place(self.planned.sites[0])
                 found.places[key] = SiteTarget(self.filled_shared, slot, _wanted(tensor), place)
         facts = facts_of(base)
-        joined = {id(existing_layer(site)): site for site in self.planned.sites}
+        joined = {id(site.layer): site for site in self.planned.sites}
         indices = {id(site): index for index, site in enumerate(self.planned.sites)}
         for spot in spots(base, self.planned.adapter_name, self.planned):
             site = spot.site or joined.get(id(spot.module))
@@ -272,22 +272,12 @@ class Blueprint:
 
     def _built(self, index: int) -> Mapping[str, Any]:
         site, values = self.planned.sites[index], self.values[index]
-        fill_in(site.tuner, values, self.filled[index])
+        fill_in(site.tuner.slots, values, self.filled[index])
         if any(map(is_on_meta, values.values())):  # not all was in the file, or is ever in one
             placement = dataclasses.replace(self.planned.placement(site), device=self.place(site))
             values = dict(site.variant.init(site.host, placement))
-            fill_in(site.tuner, values, self.filled[index])
+            fill_in(site.tuner.slots, values, self.filled[index])
         return values
-
-
-def fill_in(tuner: TunerSpec, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Replace the tensors that `values` holds by those with the same suffix."""
-    container: Any = values
-    for slot in tuner.slots:
-        if slot.name in values:
-            for suffix, attribute, _ in list(slot.suffixes(values[slot.name])):
-                if suffix in tensors:
-                    replace_tensor(container, slot.name, attribute, tensors[suffix])
 
 
 def is_on_meta(value: Any) -> bool:

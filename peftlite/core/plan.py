@@ -45,14 +45,19 @@ class Site:
         """What is there now: the base layer, or its adapter layer if it has adapters already."""
         return self.places[0].module
 
-    def own(self) -> Dense:
-        """The base layer's own weight and bias, whatever other adapters have merged into it."""
-        module: Any = self.module
+    @property
+    def layer(self) -> AdapterLayer | None:
+        """The adapter layer that the site's adapter will join, if it is there already."""
+        module: nn.Module = self.module
         while isinstance(module, AdapterLayer):
             if module.param == self.param:
-                return module.own()
+                return module
             module = module.wrapped
-        return self.host.read()
+        return None
+
+    def own(self) -> Dense:
+        """The base layer's own weight and bias, whatever other adapters have merged into it."""
+        return self.host.read() if self.layer is None else self.layer.own()
 
 
 @dataclass(frozen=True)

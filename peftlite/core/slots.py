@@ -252,6 +252,16 @@ def replace_tensor(container: SlotContainer, name: str, attribute: str, tensor: 
         module._buffers[leaf] = tensor
 
 
+def fill_in(slots: Iterable[Slot], values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Replace the tensors that the slots' `values` hold by those with the same file suffix."""
+    container: Any = values
+    for slot in slots:
+        if slot.name in values:
+            for suffix, attribute, _ in list(slot.suffixes(values[slot.name])):
+                if suffix in tensors:
+                    replace_tensor(container, slot.name, attribute, tensors[suffix])
+
+
 def is_floating(tensor: Tensor) -> bool:
     """Whether gradients can be asked of `tensor`."""
     return tensor.is_floating_point() or tensor.is_complex()
