@@ -182,6 +182,18 @@ CASES: dict[str, Case] = {
         errors.ConfigError,
         ("'IA3'", "PeftModelForCausalLM", "`LORA`"),
     ),
+    "inner-wrapper-of-another-kind": Case(
+        half_frozen,
+        lambda m: LoraModel(m, PeftConfig(peft_type="IA3"), "default"),
+        errors.ConfigError,
+        ("'IA3'", "LoraModel", "`LORA`"),
+    ),
+    "kind-that-is-not-built": Case(
+        half_frozen,
+        lambda m: get_peft_model(m, PeftConfig(peft_type="SHADOW")),
+        errors.ConfigError,
+        ("SHADOW", "`LORA`"),
+    ),
     "mixed": Case(plain, lambda m: get_peft_model(m, lora(), mixed=True), errors.UnsupportedFeatureError, ("`mixed`",)),
     "second-owner-of-biases": Case(
         wrapped,

@@ -361,6 +361,19 @@ def test_adapters_are_fp32_on_a_base_in_half_precision(dtype: torch.dtype) -> No
     assert {p.dtype for n, p in plain.named_parameters() if n.endswith("b.weight")} == {torch.float32}
 
 
+def test_every_entrance_keeps_the_one_rule_of_dtypes() -> None:
+    config = LoraConfig(target_modules=["q_proj"])
+    entrances: dict[str, Any] = {
+        "wrapped": lambda base, **given: get_peft_model(base, config, **given),
+        "inner": lambda base, **given: LoraModel(base, config, "default", **given),
+        "injected": lambda base, **given: inject_adapter_in_model(config, base, **given),
+    }
+    for name, enter in entrances.items():
+        for given, wanted in ({}, torch.float32), ({"autocast_adapter_dtype": False}, torch.bfloat16):
+            model = enter(tiny("llama", dtype=torch.bfloat16), **given)
+            assert {p.dtype for p in model.parameters() if p.requires_grad} == {wanted}, name
+
+
 def test_low_cpu_mem_usage_leaves_the_adapter_to_be_loaded() -> None:
     model = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"]), low_cpu_mem_usage=True)
     assert {p.device.type for n, p in model.named_parameters() if "lora_" in n} == {"meta"}

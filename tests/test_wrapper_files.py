@@ -186,8 +186,6 @@ def test_saving_refuses_what_it_does_not_do(tmp_path: Path) -> None:
     place = tmp_path / "x"
     with pytest.raises(errors.UnsupportedFeatureError, match="`safe_serialization`"):
         model.save_pretrained(place, safe_serialization=False)
-    with pytest.raises(errors.UnsupportedFeatureError, match="`path_initial_model_for_weight_conversion` is `p`"):
-        model.save_pretrained(place, path_initial_model_for_weight_conversion="p")
     with pytest.raises(errors.AdapterNameError, match="`defalt`; nearest: `default`"):
         model.save_pretrained(place, selected_adapters=["defalt"])
     model.save_pretrained(place, is_main_process=False)
