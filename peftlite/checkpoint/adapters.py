@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.checkpoint.card import Card, write_card
+from peftlite.checkpoint.convert import plain_lora, portable
 from peftlite.checkpoint.files import read_adapter, write_adapter
 from peftlite.checkpoint.hub import resolve
 from peftlite.checkpoint.keys import shown, with_prefix, without_prefix
@@ -43,6 +44,7 @@ def save_adapter(
     selected_adapters: Collection[str] | None = None,
     save_embedding_layers: bool | str = "auto",
     is_main_process: bool = True,
+    path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write adapters of `model` to a directory: `default` into it, others into sub-directories of their names.
@@ -57,17 +59,25 @@ def save_adapter(
         save_embedding_layers: whether the base model's embeddings are included. "auto": those with adapters on them, or
             all if their number of rows was changed.
         is_main_process: processes that say False write nothing.
+        path_initial_model_for_weight_conversion: where the same adapter was saved before training. What training
+            changed is written, as plain LoRA of twice the rank: for adapters that began with `pissa`, `olora`, ...
         state_dict: take the tensors from this state dict of `model`, gathered from shards.
 
-    Raises: NoAdapterError, AdapterNameError, CheckpointError if the file system refuses or a tensor cannot be written.
+    Raises: NoAdapterError, AdapterNameError, CheckpointError if the file system refuses, a tensor cannot be written, or
+        the initial adapter is another one.
     """
     model = bare(model)
     state = state_of(model)
     names = state.checked(state.configs if selected_adapters is None else selected_adapters)
-    files = {
-        name: (saved_config(model, name), adapter_tensors(model, name, save_embedding_layers, state_dict))
-        for name in names
-    }
+    files: dict[str, tuple[PeftConfig, dict[str, Tensor]]] = {}
+    for name in names:
+        config, tensors = saved_config(model, name), adapter_tensors(model, name, save_embedding_layers, state_dict)
+        if path_initial_model_for_weight_conversion is None:
+            files[name] = portable(model, name, config, tensors)
+        else:
+            with read_adapter(resolve(path_initial_model_for_weight_conversion)) as first:
+                initial = {key: first.tensors.read(key) for key in first.tensors.infos}
+            files[name] = plain_lora(config, tensors, initial)
     if not is_main_process:
         return
     place = Path(save_directory)

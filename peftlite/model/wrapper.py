@@ -304,7 +304,7 @@ class PeftModel(Wrapper):
         selected_adapters: Collection[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         *,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -317,7 +317,8 @@ class PeftModel(Wrapper):
             save_embedding_layers: whether the base model's embeddings are included. "auto": those with adapters on
                 them, or all if their number of rows was changed.
             is_main_process: processes that say False write nothing.
-            path_initial_model_for_weight_conversion: not built; None.
+            path_initial_model_for_weight_conversion: where the same adapter was saved before training. What training
+                changed is written, as plain LoRA of twice the rank: for adapters that began with `pissa`, `olora`, ...
             state_dict: take the tensors from this state dict of the model, gathered from shards.
 
         Raises: NoAdapterError, AdapterNameError, CheckpointError if the file system refuses.
@@ -327,17 +328,13 @@ class PeftModel(Wrapper):
                 "`safe_serialization` is `False`, which asks for a pickled file: peftlite reads those, and writes "
                 "`adapter_model.safetensors` only. Nothing was written."
             )
-        if path_initial_model_for_weight_conversion is not None:
-            raise UnsupportedFeatureError(
-                f"`path_initial_model_for_weight_conversion` is `{path_initial_model_for_weight_conversion}`, but this "
-                "version does not have that feature yet; it can only be `None`. Nothing was written."
-            )
         adapters.save_adapter(
             self,
             save_directory,
             selected_adapters=selected_adapters,
             save_embedding_layers=save_embedding_layers,
             is_main_process=is_main_process,
+            path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
             state_dict=state_dict,
         )
 

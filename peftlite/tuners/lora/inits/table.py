@@ -43,6 +43,8 @@ class Beginning:
     make: Make
     subtracted: bool
     """Whether B A is not zero, and is subtracted so that a fresh adapter is the identity."""
+    follows: bool = True
+    """Whether the factors follow from the base weight alone, so that whoever loads an adapter can make them again."""
     cannot: Callable[[Host, int], str | None] = always
     """Why a layer cannot begin so at some rank, or None."""
 

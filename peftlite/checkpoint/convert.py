@@ -1,0 +1,105 @@
+"""LoRA whose first factors are subtracted (PiSSA, OLoRA, CorDA, ...) as plain LoRA, which every reader understands.
+
+scaling (B A - B0 A0) = scaling [B, -B0] [A; A0]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.checkpoint.keys import file_key, shown, split_file_key
+from peftlite.checkpoint.spots import spots
+from peftlite.config import PeftConfig
+from peftlite.core.layer import AdapterLayer
+from peftlite.core.tree import base_model_of
+from peftlite.errors import CheckpointError, ConfigError
+from peftlite.tuners.lora.config import LoraConfig
+from peftlite.tuners.lora.inits.table import beginning, started
+
+_A = ("lora_A.weight", "lora_embedding_A")
+_B = ("lora_B.weight", "lora_embedding_B")
+
+
+def plain_lora(
+    config: PeftConfig, trained: Mapping[str, Tensor], initial: Mapping[str, Tensor]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The config and tensors of a plain LoRA that does to the base model what `trained` does beyond `initial`. Exact.
+
+    Both are the tensors of files of one adapter: after training, and as it was at first. What is no factor of LoRA,
+    such as modules that are trained whole, is taken from `trained`.
+
+    Raises: ConfigError for variants whose update is no product of two factors, CheckpointError where the files differ
+        in keys or shapes.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            f"`path_initial_model_for_weight_conversion` is for LoRA, and this is a {type(config).__name__}. "
+            "Nothing was written."
+        )
+    if config.use_dora:
+        raise ConfigError(
+            "`use_dora` is `True`: rows that are scaled to trained lengths are no difference of two plain LoRAs. "
+            "Nothing was written."
+        )
+    tensors = dict(trained)
+    for key, tensor in trained.items():
+        _, suffix = split_file_key(key, (*_A, *_B)) or ("", "")
+        if not suffix:
+            continue
+        first = initial.get(key)
+        if first is None or first.shape != tensor.shape:
+            found = "no such tensor" if first is None else f"shape {tuple(first.shape)}"
+            raise CheckpointError(
+                f"{shown(key)} has shape {tuple(tensor.shape)}, and the initial adapter has {found}: it is not what "
+                "this adapter was at first. Nothing was written."
+            )
+        first = first.to(tensor)
+        tensors[key] = torch.cat([tensor, first]) if suffix in _A else torch.cat([tensor, -first], 1)
+    return doubled(config), tensors
+
+
+def doubled(config: LoraConfig) -> LoraConfig:
+    """A config of twice the rank everywhere, with the same scaling, and nothing special about its beginning."""
+    more = math.sqrt(2) if config.use_rslora else 2
+    return replace(
+        config.copy(),
+        r=2 * config.r,
+        rank_pattern={name: 2 * r for name, r in config.rank_pattern.items()},
+        lora_alpha=more * config.lora_alpha,
+        alpha_pattern={name: more * alpha for name, alpha in config.alpha_pattern.items()},
+        init_lora_weights=True,
+    )
+
+
+def initial_of(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """What is subtracted from an adapter, by the keys of `tensors`: zeros where nothing is; None if nothing at all."""
+    found: dict[str, Tensor] = {}
+    for spot in spots(base_model_of(model), name):
+        if isinstance(spot.module, AdapterLayer):
+            for slot in ("lora_A", "lora_B"):
+                factors: Any = spot.module._modules.get(slot) or {}
+                first = started(factors[name]) if name in factors else None
+                if first is not None:
+                    found[file_key(spot.path, f"{slot}.weight")] = first
+    if not found:
+        return None
+    return {key: found[key] if key in found else torch.zeros_like(tensor) for key, tensor in tensors.items()}
+
+
+def portable(
+    model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor]
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Config and tensors of an adapter's file: as plain LoRA, where nobody could know from them what is subtracted."""
+    if not isinstance(config, LoraConfig):
+        return config, tensors
+    begin = beginning(config.init_lora_weights)
+    if begin is not None and begin.subtracted and begin.follows:
+        return config, tensors
+    initial = initial_of(model, name, tensors)
+    return (config, tensors) if initial is None else plain_lora(config, tensors, initial)
