@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         inject_adapter_in_model,
         wrap,
     )
+    from peftlite.tuners.combine import add_weighted_adapter
     from peftlite.tuners.ia3 import IA3Config
     from peftlite.tuners.loha import LoHaConfig
     from peftlite.tuners.lokr import LoKrConfig
@@ -86,6 +87,7 @@ __all__ = [
     "VeraConfig",
     "VeraModel",
     "active_adapters",
+    "add_weighted_adapter",
     "delete_adapter",
     "disable_adapter",
     "disable_adapters",
@@ -156,6 +158,7 @@ _HOMES = {
         "inject_adapter_in_model",
         "wrap",
     ),
+    "peftlite.tuners.combine": ("add_weighted_adapter",),
     "peftlite.tuners.ia3": ("IA3Config",),
     "peftlite.tuners.loha": ("LoHaConfig",),
     "peftlite.tuners.lokr": ("LoKrConfig",),

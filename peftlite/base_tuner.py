@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Generator, nn
 
 from peftlite.config import PeftConfig, PeftType
 from peftlite.core import lifecycle
@@ -15,6 +15,8 @@ from peftlite.core.inject import check_config, inject
 from peftlite.core.tree import Shell, base_model_of, find_state, named_layers
 from peftlite.core.variant import tuner_for
 from peftlite.errors import AdapterNameError, ConfigError, StateError, nearest
+from peftlite.tuners.combine import add_weighted_adapter
+from peftlite.tuners.lora.lowrank import Approximation
 
 
 class Wrapper(Shell):
@@ -188,12 +190,47 @@ class LoraModel(BaseTuner):
     kind = PeftType.LORA
     prefix = "lora_"
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        seed: int | Generator | None = None,
+    ) -> Approximation:
+        """Add a combination of adapters, exact unless `svd_rank` is given; see `peftlite.add_weighted_adapter`."""
+        return add_weighted_adapter(
+            self,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank,
+            svd_clamp,
+            svd_full_matrices,
+            svd_driver,
+            density,
+            majority_sign_method,
+            seed=seed,
+        )
+
 
 class IA3Model(BaseTuner):
     """A model with (IA)^3 adapters (https://arxiv.org/abs/2205.05638)."""
 
     kind = PeftType.IA3
     prefix = "ia3_"
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose scales are the weighted sum of those of others."""
+        add_weighted_adapter(self, adapters, weights, adapter_name)
 
 
 class LoHaModel(BaseTuner):
