@@ -22,6 +22,7 @@ from peftlite.errors import PeftliteWarning
 WATCHED = {
     "transformers.pytorch_utils": "peftlite.integrations.transformers.hosts",
     "transformers.modeling_utils": "peftlite.integrations.transformers.mixin",
+    "transformers.generation.utils": "peftlite.integrations.transformers.routing",
     "transformers.trainer_utils": "peftlite.integrations.transformers.trainer",
     "transformers.trainer": "peftlite.integrations.transformers.trainer",
     "bitsandbytes.nn.modules": "peftlite.integrations.quantised.bitsandbytes",

@@ -1,7 +1,13 @@
 """transformers' own adapter methods (`model.add_adapter(...)`), for peftlite's adapters and without `peft` installed.
 
-`patch` puts them on `PeftAdapterMixin`, a base class of every `PreTrainedModel`. A model that carries adapters of real
-`peft`, and a config of real `peft`, still go to transformers' own methods.
+What is changed in transformers, and why:
+
+    PeftAdapterMixin.<SHARED>, .add_adapter, .load_adapter    ours for our adapters and configs, else the originals
+    PeftAdapterMixin.<ADDED>                                  the rest of the lifecycle
+    PeftAdapterMixin._hf_peft_config_loaded, .peft_config     properties: true of a model however it got its adapters
+    PreTrainedModel.save_pretrained, .push_to_hub             the files of `save_adapter` (see saving.py)
+
+A model that carries adapters of real `peft`, and a config of real `peft`, still go to transformers' own methods.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from peftlite.core import lifecycle, status
 from peftlite.core.inject import inject
 from peftlite.core.tree import find_state
 from peftlite.errors import ConfigError
-from peftlite.integrations.transformers import loading, saving
+from peftlite.integrations.transformers import loading, routing, saving
 from peftlite.integrations.transformers.owners import (
     CONFIGS,
     FLAG,
@@ -57,7 +63,8 @@ def delete_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None
 
     Raises: AdapterNameError if any is unknown; none is removed then.
     """
-    for name in lifecycle.state_of(model).checked(adapter_names):
+    state = lifecycle.state_of(model)
+    for name in sorted(state.checked(adapter_names), key=state.active.__contains__):  # the active ones last
         lifecycle.delete_adapter(model, name)
 
 
@@ -89,34 +96,30 @@ ADDED: dict[str, Method] = {
 
 # ---- the patch
 def patch(modeling_utils: ModuleType) -> None:
-    """Put the methods on the class that every transformers model inherits them from; once per class."""
+    """Put the methods on the classes that every transformers model inherits them from; once per class."""
     mixin: Any = modeling_utils.PeftAdapterMixin
-    if isinstance(vars(mixin).get(FLAG), property):
-        return
+    if not isinstance(vars(mixin).get(FLAG), property):
+        _patch_mixin(mixin)
+    saving.patch(modeling_utils.PreTrainedModel)
+    routing.patch(modeling_utils)
+
+
+def _patch_mixin(mixin: Any) -> None:
     for name, ours in SHARED.items():
-        setattr(mixin, name, _either(ours, getattr(mixin, name)))
+        setattr(mixin, name, _either(ours, getattr(mixin, name, None)))
     for name, ours in ADDED.items():
-        setattr(mixin, name, _ours_only(ours))
+        setattr(mixin, name, _either(ours, None))
     mixin.add_adapter = _by_config(add_adapter, mixin.add_adapter)
     mixin.load_adapter = loading.loading(mixin.load_adapter)
-    model: Any = modeling_utils.PreTrainedModel
-    model.save_pretrained = saving.saving(model.save_pretrained)
-    model.push_to_hub = saving.pushing(model.push_to_hub)
-    mixin.peft_config = property(_get_configs, _set(CONFIGS), _delete(CONFIGS))
-    setattr(mixin, FLAG, property(_get_flag, _set(FLAG), _delete(FLAG)))
+    setattr(mixin, CONFIGS, property(_get_configs, _set_configs, _delete_configs))
+    setattr(mixin, FLAG, property(_get_flag, _set_flag))
 
 
-def _either(ours: Method, theirs: Method) -> Method:
+def _either(ours: Method, theirs: Method | None) -> Method:
     @functools.wraps(ours)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (theirs if is_foreign(self) else ours)(self, *args, **kwargs)
-
-    return method
-
-
-def _ours_only(ours: Method) -> Method:
-    @functools.wraps(ours)
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if theirs is not None and is_foreign(self):
+            return theirs(self, *args, **kwargs)
         check_not_foreign(self)
         return ours(self, *args, **kwargs)
 
@@ -141,7 +144,15 @@ def _by_config(ours: Method, theirs: Method) -> Method:
 
 # ---- what transformers asks a model about its adapters: derived from the adapters that are there
 def _get_flag(self: nn.Module) -> bool:
-    return is_foreign(self) or find_state(self) is not None
+    stored: bool | None = self.__dict__.get(FLAG)
+    return find_state(self) is not None if stored is None else stored
+
+
+def _set_flag(self: nn.Module, value: bool) -> None:
+    """Real `peft` says True; a model that saves itself without its adapters says False for a while."""
+    self.__dict__.pop(FLAG, None)
+    if bool(value) != (find_state(self) is not None):
+        self.__dict__[FLAG] = bool(value)
 
 
 def _get_configs(self: nn.Module) -> Any:
@@ -154,15 +165,9 @@ def _get_configs(self: nn.Module) -> Any:
     raise AttributeError(f"{type(self).__name__} has no adapters, and so no `{CONFIGS}`")
 
 
-def _set(name: str) -> Callable[[nn.Module, Any], None]:
-    def setter(self: nn.Module, value: Any) -> None:
-        self.__dict__[name] = value
-
-    return setter
+def _set_configs(self: nn.Module, value: Any) -> None:
+    self.__dict__[CONFIGS] = value
 
 
-def _delete(name: str) -> Callable[[nn.Module], None]:
-    def deleter(self: nn.Module) -> None:
-        self.__dict__.pop(name, None)
-
-    return deleter
+def _delete_configs(self: nn.Module) -> None:
+    self.__dict__.pop(CONFIGS, None)
