@@ -1,4 +1,4 @@
-"""Run by test_files.py in a process of its own: saves that are killed, or fail, at each of their steps.
+"""Run by test_commit.py in a process of its own: saves that are killed, or fail, at each of their steps.
 
 usage: save_faults.py DIRECTORY         a save with a fault at its step k, for k = 0, 1, ... until it has no more steps;
                                         prints what is there after each

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as save_bytes
 
-from peftlite.checkpoint import commit, files, tensorfile
+from peftlite.checkpoint import files, tensorfile
 from peftlite.checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from peftlite.errors import AdapterFilesNotFoundError, CheckpointError
 
@@ -387,134 +385,3 @@ def test_a_pipe_does_not_block(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(CheckpointError, match="not a regular file"):
         read_adapter(tmp_path)
-
-
-# ---- kills and faults, at every step of a save
-
-
-FAULTS = Path(__file__).with_name("save_faults.py")
-needs_fork = pytest.mark.skipif(os.name == "nt", reason="needs fork and kill")
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What a directory holds after a save with a fault at step 0, 1, ... by kind of fault, and what was there first."""
-    command = [sys.executable, str(FAULTS), str(tmp_path_factory.mktemp("faults"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@needs_fork
-@pytest.mark.parametrize("before", ["nothing", "old", "interrupted"])
-def test_killed_at_any_step_the_directory_holds_the_old_adapter_or_the_new_one(
-    faults: dict[str, list[str]], before: str
-) -> None:
-    found = faults[f"kill {before}"]
-    assert len(found) > 20
-    assert set(found) == {"none" if before == "nothing" else "old", "new"}
-    assert found == sorted(found, key=["none", "old", "new"].index)  # once new, it stays new
-
-
-@needs_fork
-@pytest.mark.parametrize("fault", ["disk-full", "interrupt"])
-def test_a_fault_at_any_step_leaves_the_old_adapter_or_the_new_one(faults: dict[str, list[str]], fault: str) -> None:
-    found = faults[f"{fault} old"]
-    assert len(found) > 20
-    assert set(found) == {"old", "new"}
-
-
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_directory_is_named_and_left_alone(tmp_path: Path) -> None:
-    write_adapter(tmp_path / "a", TEXT, tensors())
-    (tmp_path / "a").chmod(0o500)
-    try:
-        with pytest.raises(CheckpointError, match=r"could not be saved to .*Permission denied"):
-            write_adapter(tmp_path / "a", "{}", {})
-        assert read(tmp_path / "a")[0] == CONFIG
-    finally:
-        (tmp_path / "a").chmod(0o700)
-
-
-def test_a_place_where_no_directory_can_be_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="could not be saved to"):
-        write_adapter(tmp_path / "file" / "a", TEXT, tensors())
-    with pytest.raises(CheckpointError, match="could not be saved to"):
-        write_adapter(tmp_path / "file", TEXT, tensors())
-    (tmp_path / "a" / CONFIG_NAME).mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="is a directory"):
-        write_adapter(tmp_path / "a", TEXT, tensors())
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG_NAME]
-
-
-def _interrupt_after_commit(
-    directory: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], moved: int
-) -> None:
-    """Leave `directory` as a save killed after its commit does, with `moved` of its two files in their place."""
-    write_adapter(directory.with_name("stage"), json.dumps(config), weights)
-    manifest = {}
-    names = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)
-    for name in names:
-        new, old = commit._stamp(directory.with_name("stage") / name), commit._stamp(directory / name)
-        manifest[name] = {"new": new, "old": old}
-    (directory.with_name("stage") / commit.MANIFEST).write_text(json.dumps(manifest))
-    directory.with_name("stage").rename(directory / commit.PENDING)
-    for name in names[:moved]:
-        (directory / commit.PENDING / name).replace(directory / name)
-
-
-@pytest.mark.parametrize("moved", [0, 1, 2])
-def test_an_interrupted_save_is_read_and_ended_by_the_next(tmp_path: Path, moved: int) -> None:
-    write_adapter(tmp_path / "a", TEXT, tensors())
-    _interrupt_after_commit(tmp_path / "a", {"r": 5}, tensors(5), moved)
-    config, weights = read(tmp_path / "a")
-    assert config == {"r": 5}
-    assert files.read_config(tmp_path / "a") == {"r": 5}
-    assert same(weights, tensors(5))
-    write_adapter(tmp_path / "a", '{"r": 6}', tensors(6))
-    assert read(tmp_path / "a")[0] == {"r": 6}
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
-
-
-@pytest.mark.parametrize("moved", [0, 1, 2])
-@pytest.mark.parametrize("name", [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
-def test_an_interrupted_save_that_somebody_saved_over_is_not_guessed_at(tmp_path: Path, moved: int, name: str) -> None:
-    write_adapter(tmp_path / "a", TEXT, tensors())
-    _interrupt_after_commit(tmp_path / "a", {"r": 5}, tensors(5), moved)
-    write_adapter(tmp_path / "other", '{"r": 7}', tensors(7))
-    (tmp_path / "a" / name).write_bytes((tmp_path / "other" / name).read_bytes())
-    with pytest.raises(CheckpointError, match="interrupted, and the files were changed since"):
-        read_adapter(tmp_path / "a")
-    write_adapter(tmp_path / "a", '{"r": 8}', tensors(8))
-    assert read(tmp_path / "a")[0] == {"r": 8}
-
-
-def test_leftovers_that_no_save_left_are_refused(tmp_path: Path) -> None:
-    write_adapter(tmp_path, TEXT, tensors())
-    pending = tmp_path / commit.PENDING
-    pending.mkdir()
-    assert read(tmp_path)[0] == CONFIG  # without a manifest there is nothing to end
-    for manifest in (b"{", b"[]", b'{"a": 1}', b'{"../x": {"new": [1, 2], "old": null}}', b"[" * 100_000):
-        (pending / commit.MANIFEST).write_bytes(manifest)
-        with pytest.raises(CheckpointError, match="not what an interrupted save leaves"):
-            read_adapter(tmp_path)
-
-
-@needs_fork
-def test_a_reader_sees_one_save_while_another_process_saves(tmp_path: Path) -> None:
-    """A writer in another process replaces the adapter over and over; config and weights are always of one save."""
-    write_adapter(tmp_path, '{"r": 0}', {"r": torch.tensor(0)})
-    command = [sys.executable, str(FAULTS), str(tmp_path), "loop"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as writer:
-        assert writer.stdout is not None
-        assert writer.stdin is not None
-        writer.stdout.readline()  # it has begun
-        seen = set()
-        for _ in range(300):
-            config, weights = read(tmp_path)
-            assert config["r"] == int(weights["r"])
-            seen.add(config["r"])
-        writer.stdin.close()
-    assert writer.returncode == 0
-    assert len(seen) > 3
