@@ -272,6 +272,26 @@ def test_the_methods_work_on_a_model_injected_by_function(llama: Any) -> None:
     assert not llama._hf_peft_config_loaded
 
 
+def test_several_adapters_are_deleted_without_a_word(llama: Any) -> None:
+    for adapter in ("default", "second", "third"):
+        llama.add_adapter(peftlite.LoraConfig(r=2), adapter)
+    llama.set_adapter("default")
+    llama.delete_adapter(["default", "second", "third"])
+    assert str(llama) == str(tiny("llama"))
+
+
+def test_the_flag_can_be_lowered_for_a_while(llama: Any) -> None:
+    """As models with adapters of their own do, to save the rest by itself."""
+    llama.add_adapter(peftlite.LoraConfig(r=2))
+    llama._hf_peft_config_loaded = False
+    assert not llama._hf_peft_config_loaded
+    llama._hf_peft_config_loaded = True
+    llama.delete_adapter("default")
+    assert not llama._hf_peft_config_loaded
+    llama.add_adapter(peftlite.LoraConfig(r=2))
+    assert llama._hf_peft_config_loaded
+
+
 # ---- gradient checkpointing
 @pytest.mark.parametrize("first", ["checkpointing", "adapter"])
 def test_gradient_checkpointing_reaches_the_adapters(llama: Any, first: str) -> None:

@@ -11,6 +11,7 @@ from peftlite.config import PeftConfig
 from peftlite.core.inject import ModelFacts, register_model_facts
 from peftlite.errors import ConfigError
 from peftlite.integrations.defaults import default_feedforward, default_targets
+from peftlite.integrations.transformers.unloaded import follow_weights
 
 
 def model_facts(model: nn.Module) -> ModelFacts | None:
@@ -28,6 +29,7 @@ def model_facts(model: nn.Module) -> ModelFacts | None:
         embeddings=tuple(layer for layer in found if layer is not None),
         vocab_size=getattr(model.config.get_text_config(), "vocab_size", None),
         default_targets=partial(fill_targets, model_type or type(model).__name__),
+        unloaded=partial(follow_weights, model),
     )
 
 

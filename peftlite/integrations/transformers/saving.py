@@ -24,6 +24,7 @@ from peftlite.checkpoint.state_dict import get_peft_model_state_dict
 from peftlite.core.lifecycle import state_of
 from peftlite.core.tree import find_state
 from peftlite.errors import NoAdapterError, PeftliteWarning, UnsupportedFeatureError
+from peftlite.integrations.transformers.owners import FLAG
 
 _FIXED = {"save_peft_format": True, "distributed_checkpoint": False, "safe_serialization": True}
 """Arguments of transformers that can only have one value where adapters are saved."""
@@ -57,13 +58,28 @@ def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike[
     write_card(output_dir, card_of(model, next(iter(state_of(model).configs.values()))))
 
 
-def saving(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`PreTrainedModel.save_pretrained` that writes adapters where there are some."""
+# ---- PreTrainedModel
+_ours: set[Callable[..., Any]] = set()
+
+
+def patch(cls: Any) -> None:
+    """Have models with adapters in place save and push these; once per class."""
+    if cls.save_pretrained not in _ours:
+        cls.save_pretrained = _saving(cls.save_pretrained)
+        cls.push_to_hub = _pushing(cls.push_to_hub)
+        _ours.add(cls.save_pretrained)
+
+
+def _saves_adapters(model: nn.Module) -> bool:
+    return find_state(model) is not None and bool(getattr(model, FLAG))
+
+
+def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if find_state(self) is None:
+        if not _saves_adapters(self):
             return original(self, *args, **kwargs)
         return _save(self, signature.bind(self, *args, **kwargs).arguments)
 
@@ -88,12 +104,10 @@ def _save(model: Any, given: Mapping[str, Any]) -> None:
         hub.push_to_hub(directory, repo_id, token=given.get("token"), **options)
 
 
-def pushing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`PreTrainedModel.push_to_hub` that keeps the adapters' card where there are some."""
-
+def _pushing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def push_to_hub(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (original if find_state(self) is None else _push)(self, *args, **kwargs)
+        return (_push if _saves_adapters(self) else original)(self, *args, **kwargs)
 
     return push_to_hub
 

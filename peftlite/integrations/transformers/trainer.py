@@ -32,7 +32,7 @@ _ours: set[Callable[..., Any]] = set()
 def patch(module: ModuleType) -> None:
     """Make `transformers.trainer_utils` or `transformers.trainer` know our models; once per function."""
     names = vars(module)
-    if names[IS_PEFT_MODEL] not in _ours:
+    if IS_PEFT_MODEL in names and names[IS_PEFT_MODEL] not in _ours:
         _replace(names[IS_PEFT_MODEL], _or_ours(names[IS_PEFT_MODEL]))
     if "Trainer" in names and names["Trainer"]._load_from_checkpoint not in _ours:
         _patch_trainer(module)
