@@ -91,9 +91,12 @@ def test_it_learns_and_leaves_the_base_alone(shape: str, tmp_path: Path) -> None
     assert all(torch.equal(after[key], original[key]) for key in original)
 
 
-def test_both_shapes_train_alike(tmp_path: Path) -> None:
-    runs = [losses(train(model_with_adapter(shape), tmp_path / shape)) for shape in SHAPES]
+@pytest.mark.parametrize("option", [{}, {"activation_checkpointing": True}, {"label_smoothing_factor": 0.1}], ids=str)
+def test_both_shapes_train_alike(option: dict[str, Any], tmp_path: Path) -> None:
+    runs = [losses(train(model_with_adapter(shape), tmp_path / shape, **option)) for shape in SHAPES]
     assert runs[0] == runs[1]
+    plain = losses(train(model_with_adapter("in-place"), tmp_path / "plain"))
+    assert (runs[0] == pytest.approx(plain, rel=1e-4)) == ("label_smoothing_factor" not in option)
 
 
 def test_a_checkpoint_holds_the_adapter_and_resumes_to_the_same_losses(shape: str, tmp_path: Path) -> None:
