@@ -106,7 +106,7 @@ def combined(updates: Sequence[Update], weights: Sequence[float], recipe: Recipe
         most = exact.most if recipe.kind == "svd" or recipe.clamp is not None else exact.rank
         most = min(exact.rank, most if rank is None else rank)
         if most < exact.rank or recipe.clamp is not None:
-            return cut(LowRank(exact.A, exact.B * scaling), most, recipe, bias, count)
+            return cut(LowRank(widened(exact.A), widened(exact.B) * scaling), most, recipe, bias, count)
         part = Part(exact.rank * count, 0.0, abs(scaling) * norm(exact))
         return Made(Update(exact, scaling, None if bias is None else bias / scaling), part)
     dense = recipe.apply([widened(u.product.dense()) * u.scaling for u in updates], weights)
@@ -117,11 +117,17 @@ def combined(updates: Sequence[Update], weights: Sequence[float], recipe: Recipe
 
 
 def weighted(updates: Sequence[Update], weights: Sequence[float]) -> tuple[LowRank, float]:
-    """(product, scaling) of the weighted sum. Factors are copied as they are, where one scaling serves all."""
+    """(product, scaling) of the weighted sum. Factors are copied as they are, where one scaling serves all.
+
+    Else they are multiplied, in at least fp32.
+    """
     factors = [weight * update.scaling for weight, update in zip(weights, updates, strict=True)]
-    sizes = {abs(factor) for factor in factors}
-    scaling = sizes.pop() if len(sizes) == 1 and 0 not in sizes else 1.0
-    terms = [LowRank(u.product.A, u.product.B * (f / scaling)) for u, f in zip(updates, factors, strict=True)]
+    terms = [update.product for update in updates]
+    scaling = abs(factors[0])
+    if not scaling or any(abs(factor) != scaling for factor in factors):
+        scaling = 1.0
+        terms = [LowRank(widened(term.A), widened(term.B)) for term in terms]
+    terms = [LowRank(term.A, term.B * (factor / scaling)) for term, factor in zip(terms, factors, strict=True)]
     return summed(terms), scaling
 
 
@@ -137,8 +143,8 @@ def combined_bias(updates: Sequence[Update], weights: Sequence[float], recipe: R
 def cut(exact: Tensor | LowRank, rank: int, recipe: Recipe, bias: Tensor | None, count: int) -> Made:
     """The best update of a rank, clamped if that is asked for, and how far it is from the exact one."""
     dtype = exact.dtype if isinstance(exact, Tensor) else exact.A.dtype
-    if isinstance(exact, LowRank) and exact.rank >= exact.most:
-        exact = widened(exact.dense())
+    if isinstance(exact, LowRank) and (exact.rank >= exact.most or recipe.clamp is not None):
+        exact = widened(exact.dense())  # clamping depends on the signs of singular vectors: have those that PEFT has
     found = Decomposed.of(exact, recipe.driver).cut(rank)
     if recipe.clamp is not None:
         found = clamped(found, recipe.clamp)
