@@ -145,12 +145,6 @@ def test_an_id_that_is_not_in_the_cache(tmp_path: Path, local_files_only: bool) 
         resolve("some/adapter", options)
 
 
-def _response(status: int) -> object:
-    import httpx
-
-    return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/some/adapter"))
-
-
 def _raising(error: BaseException):  # type: ignore[no-untyped-def]
     def download(*args: object, **kwargs: object) -> str:
         raise error
@@ -316,3 +310,10 @@ def test_front_matter_that_cannot_be_read_is_left_alone(tmp_path: Path, front_ma
     with pytest.warns(PeftliteWarning, match="left as it is"):
         write_card(tmp_path, Card("a/b"))
     assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_card_that_cannot_be_written_costs_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "README.md").mkdir()
+    with pytest.warns(PeftliteWarning, match="could not be written") as caught:
+        write_card(tmp_path, Card("a/b"))
+    assert caught[0].filename == __file__

@@ -74,11 +74,22 @@ class Card:
 def write_card(directory: str | os.PathLike[str], card: Card) -> None:
     """Write the model card of the adapters in `directory`; of a card that is there, only our part of the front matter.
 
-    Warns if the front matter of that card cannot be read; the card is then left alone.
+    Warns if the front matter of that card cannot be read, or the card not be written; it is then left alone.
     """
+    path = Path(directory) / CARD_NAME
+    try:
+        new = _renewed(path, card)
+        if new is not None:
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(new)
+    except OSError as error:
+        warnings.warn(f"`{path}` could not be written: {error.strerror or error}.", PeftliteWarning, stacklevel=2)
+
+
+def _renewed(path: Path, card: Card) -> bytes | None:
+    """What the card should hold now; None if it does already, or cannot be told."""
     import yaml  # type: ignore[import-untyped]
 
-    path = Path(directory) / CARD_NAME
     old = path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else ""
     found = _FRONT.match(old)
     try:
@@ -86,14 +97,12 @@ def write_card(directory: str | os.PathLike[str], card: Card) -> None:
     except yaml.YAMLError:
         front = None
     if not isinstance(front, dict):
-        warnings.warn(f"The front matter of `{path}` is not YAML: it is left as it is.", PeftliteWarning, stacklevel=2)
-        return
+        warnings.warn(f"The front matter of `{path}` is not YAML: it is left as it is.", PeftliteWarning, stacklevel=3)
+        return None
     body = old[found.end() :] if found else old or f"\n{card.body}"
     tags = front.get("tags")
     own = [str(tag) for tag in tags] if isinstance(tags, list) else []
     merged = {**front, **card.front, "tags": list(dict.fromkeys([*own, *card.front["tags"]]))}
     text = yaml.safe_dump(merged, sort_keys=not front, allow_unicode=True, line_break="\n")
     new = f"---\n{text}---\n{body}".encode("utf-8", "surrogateescape")
-    if not path.is_file() or new != path.read_bytes():
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(new)
+    return None if path.is_file() and new == path.read_bytes() else new

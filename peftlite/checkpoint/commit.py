@@ -12,6 +12,7 @@ ones before 2 and after 3.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -174,6 +175,9 @@ def _flush_directory(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that cannot flush a directory
+            raise
     finally:
         os.close(handle)
 
