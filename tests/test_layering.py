@@ -45,6 +45,7 @@ CORE = (
     "plan",
     "unpacking",
     "binding",
+    "outputs",
     "inject",
     "lifecycle",
     "overlay",

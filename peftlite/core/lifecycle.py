@@ -14,6 +14,7 @@ from torch import nn
 from peftlite.core.binding import activate, check_exclusive, number, plan_programs, rebind, sync
 from peftlite.core.call import Call, current, using
 from peftlite.core.layer import AdapterLayer
+from peftlite.core.outputs import detach
 from peftlite.core.packed import warn_of_rounding
 from peftlite.core.rows import RowsCall, check_rows
 from peftlite.core.slots import View
@@ -277,6 +278,7 @@ def take_out(model: nn.Module, names: Sequence[str]) -> nn.Module:
         if isinstance(place.module, AdapterLayer):
             remains = kept.setdefault(id(place.module), outcome(place.module, names))
             place.parent._modules[place.child] = remains
+    detach(base)
     return base
 
 
@@ -309,6 +311,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         if isinstance(place.module, AdapterLayer) and not place.module.variants:
             place.parent._modules[place.child] = place.module.wrapped
     if not state.configs:
+        detach(base)
         return
     number(base)
     if not state.active:

@@ -78,7 +78,7 @@ class TargetSpec:
             modules_to_save=_entries(values.get("modules_to_save")),
             layers_to_transform=_entries(values.get("layers_to_transform")),
             layers_pattern=_entries(values.get("layers_pattern")),
-            rank_pattern=_entries(values.get("rank_pattern")),
+            rank_pattern=_entries(values.get("rank_pattern")) if "rank_pattern" in config.ordered_fields else (),
             alpha_pattern=_entries(values.get("alpha_pattern")),
         )
 

@@ -116,6 +116,16 @@ class Shared:
     """Whether a config wants them in files; else they are made again when a file is read."""
 
 
+@dataclass(frozen=True)
+class FileForm:
+    """How a layer's tensors stand in files, where that is not as they are. (config, path, file suffix, tensor) -> tensor."""
+
+    write: Callable[[Any, str, str, Tensor], Tensor]
+    read: Callable[[Any, str, str, Tensor], Tensor]
+    adopt: Callable[[Any, Any], None]
+    """(config, that of a file) -> what an adapter takes over when it is given the tensors of the file."""
+
+
 @dataclass(frozen=True, eq=False)
 class TunerSpec:
     """What one method registers: slots, printed label, and which variant a given config asks for."""
@@ -133,6 +143,9 @@ class TunerSpec:
     shared: Shared | None = None
     beside: Callable[[Mapping[str, PeftConfig], Any], None] | None = None
     """Refuses a config that cannot stand beside those of the adapters that a model has."""
+    file_form: FileForm | None = None
+    after_forward: Callable[[nn.Module, Any, str, Any], Any] | None = None
+    """(base model, its AdapterState, an adapter in use, the model's output) -> the output; while gradients are recorded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tuner_for, (self.peft_type,)
