@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peftlite.checkpoint.card import Card, write_card
 from peftlite.checkpoint.convert import plain_lora, portable
 from peftlite.checkpoint.files import read_adapter, write_adapter
+from peftlite.checkpoint.forms import AsOnLayers
 from peftlite.checkpoint.hub import resolve
 from peftlite.checkpoint.keys import shown, with_prefix, without_prefix
 from peftlite.checkpoint.report import LoadReport
@@ -23,12 +24,13 @@ from peftlite.checkpoint.state_dict import Staged, adapter_tensors, apply, bare,
 from peftlite.checkpoint.targets import Blueprint, Targets, live_targets
 from peftlite.checkpoint.tensorfile import TensorInfo, TensorSource
 from peftlite.config import HubOptions, PeftConfig, config_from_dict
+from peftlite.core import outputs
 from peftlite.core.binding import number, rebind
 from peftlite.core.inject import commit, facts_of, plan
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import set_requires_grad, state_of
 from peftlite.core.tree import base_model_of, find_state, layer_places, layers
-from peftlite.core.variant import Placement
+from peftlite.core.variant import Placement, tuner_for
 from peftlite.errors import CheckpointError
 
 DEFAULT = "default"
@@ -240,8 +242,12 @@ class Loader:
         own = state_of(self.model).configs[self.name]
         self._check_same(own)
         targets = live_targets(self.model, self.name, own)
+        self.source = AsOnLayers(self.source, targets, self.config)
         report, staged = self._stage(targets)
         apply(staged)
+        form = tuner_for(own).file_form
+        if form is not None:
+            form.adopt(own, self.config)
         if trainable:
             set_requires_grad(self.model, self.name, True)
         return report
@@ -280,5 +286,7 @@ def take_back(base: nn.Module, name: str) -> None:
     if state is not None:
         if name in state.configs:
             state.remove(name)
+        if not state.configs:
+            outputs.detach(base)
         number(base)
         rebind(base, state)

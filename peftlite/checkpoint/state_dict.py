@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftlite.checkpoint import hub
 from peftlite.checkpoint.files import read_json
+from peftlite.checkpoint.forms import AsOnLayers, as_in_files
 from peftlite.checkpoint.keys import PREFIX, file_key, nearest_keys, shown, unwrapped, without_prefix
 from peftlite.checkpoint.report import LoadReport, compare, settle
 from peftlite.checkpoint.spots import Spot, is_companion, spots
@@ -111,7 +112,7 @@ def adapter_tensors(
         chosen.update(second_copies(base, name))
     if state_dict is not None:
         chosen = taken_from(state_dict, model, chosen)
-    return {key: tensor.detach() for key, tensor in chosen.items()}
+    return as_in_files({key: tensor.detach() for key, tensor in chosen.items()}, targets, config)
 
 
 def second_copies(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -213,9 +214,10 @@ def set_peft_model_state_dict(
     state.checked(adapter_name)
     check_unmerged(model, adapter_name)
     targets = live_targets(model, adapter_name, state.configs[adapter_name])
+    given = with_file_keys(peft_model_state_dict, key_prefix(model), targets)
     report, staged = stage(
         targets,
-        MemoryTensors(with_file_keys(peft_model_state_dict, key_prefix(model), targets)),
+        AsOnLayers(MemoryTensors(given), targets, state.configs[adapter_name]),
         adapter_name,
         f"The state dict for {type(base_model_of(model)).__name__}",
         strict=strict,

@@ -118,9 +118,10 @@ class Shared:
 
 @dataclass(frozen=True)
 class FileForm:
-    """How a layer's tensors stand in files, where that is not as they are. (config, path, file suffix, tensor) -> tensor."""
+    """How a layer's tensors stand in files, where that is not as they are."""
 
     write: Callable[[Any, str, str, Tensor], Tensor]
+    """(config, path, file suffix, tensor) -> tensor"""
     read: Callable[[Any, str, str, Tensor], Tensor]
     adopt: Callable[[Any, Any], None]
     """(config, that of a file) -> what an adapter takes over when it is given the tensors of the file."""
@@ -145,7 +146,10 @@ class TunerSpec:
     """Refuses a config that cannot stand beside those of the adapters that a model has."""
     file_form: FileForm | None = None
     after_forward: Callable[[nn.Module, Any, str, Any], Any] | None = None
-    """(base model, its AdapterState, an adapter in use, the model's output) -> the output; while gradients are recorded."""
+    """(base model, its AdapterState, an adapter in use, the model's output) -> the output.
+
+    Called while gradients are recorded.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tuner_for, (self.peft_type,)
