@@ -12,7 +12,7 @@ from peftlite import _hooks, errors
 from peftlite.config import register_loader
 
 if TYPE_CHECKING:
-    from peftlite.base_tuner import IA3Model, LoHaModel, LoKrModel, LoraModel, VeraModel
+    from peftlite.base_tuner import AdaLoraModel, IA3Model, LoHaModel, LoKrModel, LoraModel, VeraModel
     from peftlite.checkpoint.adapters import load_adapter, save_adapter
     from peftlite.checkpoint.report import LoadReport
     from peftlite.checkpoint.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
@@ -54,6 +54,9 @@ if TYPE_CHECKING:
         wrap,
     )
     from peftlite.tuners.combine import add_weighted_adapter
+    from peftlite.integrations.transformers.adalora import AdaLoraCallback
+    from peftlite.tuners.adalora.allocation import orthogonal_regularisation, update_and_allocate
+    from peftlite.tuners.adalora.config import AdaLoraConfig
     from peftlite.tuners.ia3 import IA3Config
     from peftlite.tuners.loha import LoHaConfig
     from peftlite.tuners.lokr import LoKrConfig
@@ -62,6 +65,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaLoraCallback",
+    "AdaLoraConfig",
+    "AdaLoraModel",
     "IA3Config",
     "IA3Model",
     "LoHaConfig",
@@ -102,6 +108,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "merge_and_unload",
+    "orthogonal_regularisation",
     "overlay",
     "plan",
     "print_trainable_parameters",
@@ -112,12 +119,13 @@ __all__ = [
     "set_requires_grad",
     "unload",
     "unmerge_adapter",
+    "update_and_allocate",
     "use_adapter",
     "wrap",
 ]
 
 _HOMES = {
-    "peftlite.base_tuner": ("IA3Model", "LoHaModel", "LoKrModel", "LoraModel", "VeraModel"),
+    "peftlite.base_tuner": ("AdaLoraModel", "IA3Model", "LoHaModel", "LoKrModel", "LoraModel", "VeraModel"),
     "peftlite.checkpoint.adapters": ("load_adapter", "save_adapter"),
     "peftlite.checkpoint.report": ("LoadReport",),
     "peftlite.checkpoint.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
@@ -159,6 +167,9 @@ _HOMES = {
         "wrap",
     ),
     "peftlite.tuners.combine": ("add_weighted_adapter",),
+    "peftlite.integrations.transformers.adalora": ("AdaLoraCallback",),
+    "peftlite.tuners.adalora.allocation": ("orthogonal_regularisation", "update_and_allocate"),
+    "peftlite.tuners.adalora.config": ("AdaLoraConfig",),
     "peftlite.tuners.ia3": ("IA3Config",),
     "peftlite.tuners.loha": ("LoHaConfig",),
     "peftlite.tuners.lokr": ("LoKrConfig",),

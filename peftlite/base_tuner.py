@@ -15,6 +15,7 @@ from peftlite.core.inject import check_config, inject
 from peftlite.core.tree import Shell, base_model_of, find_state, named_layers
 from peftlite.core.variant import tuner_for
 from peftlite.errors import AdapterNameError, ConfigError, StateError, nearest
+from peftlite.tuners.adalora.allocation import update_and_allocate
 from peftlite.tuners.combine import add_weighted_adapter
 from peftlite.tuners.lora.lowrank import Approximation
 
@@ -247,6 +248,17 @@ class LoKrModel(BaseTuner):
     prefix = "lokr_"
 
 
+class AdaLoraModel(BaseTuner):
+    """A model with AdaLoRA adapters (https://arxiv.org/abs/2303.10512)."""
+
+    kind = PeftType.ADALORA
+    prefix = "lora_"
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Between `optimizer.step()` and `zero_grad()`; see `peftlite.update_and_allocate`."""
+        update_and_allocate(self, global_step)
+
+
 class VeraModel(BaseTuner):
     """A model with VeRA adapters (https://arxiv.org/abs/2310.11454)."""
 
@@ -255,7 +267,7 @@ class VeraModel(BaseTuner):
 
 
 TUNER_MODELS: dict[PeftType, type[BaseTuner]] = {
-    cls.kind: cls for cls in (LoraModel, IA3Model, LoHaModel, LoKrModel, VeraModel)
+    cls.kind: cls for cls in (LoraModel, AdaLoraModel, IA3Model, LoHaModel, LoKrModel, VeraModel)
 }
 
 

@@ -1,8 +1,9 @@
 """Where the tensors of an adapter's file are in a model that has the adapter, or has it once a plan is carried out.
 
 Three kinds of tensors are in a file: the adapter's own, on its layers or shared by them; base biases, which
-`bias="all"` or `"lora_only"` trains along; and base embeddings, which are saved with adapters on them, or when their number of rows was changed. Keys are those of
-a model that has this adapter alone, so that a file does not depend on what else was there when it was written.
+`bias="all"` or `"lora_only"` trains along; and base embeddings, which are saved with adapters on them, or when their
+number of rows was changed. Keys are those of a model that has this adapter alone, so that a file does not depend on
+what else was there when it was written.
 """
 
 from __future__ import annotations

@@ -1,0 +1,198 @@
+"""What AdaLoRA does while it trains: measures how important triplets are, and gives the ranks to those that are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from peftlite.core.lifecycle import state_of
+from peftlite.core.state import AdapterState
+from peftlite.core.tree import layers, named_layers
+from peftlite.errors import PeftliteWarning, StateError
+from peftlite.tuners.adalora.config import AdaLoraConfig, pattern_key
+
+FACTORS: Final = ("lora_A", "lora_B", "lora_E")
+
+
+@dataclass
+class Allocation:
+    """What the training of an adapter has shown so far; by path and slot."""
+
+    importance: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    """|w dL/dw|, smoothed."""
+    uncertainty: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    """How far |w dL/dw| is from that, smoothed."""
+    rank_pattern: dict[str, list[bool]] = field(default_factory=dict)
+    """Which triplets the last choice left."""
+    updates: int = 0
+    """Calls of `update_and_allocate`."""
+    steps: int = 0
+    """Optimizer steps that forward noticed; see `notice_steps`."""
+    version: int | None = None
+
+    def learn(self, key: tuple[str, str], parameter: nn.Parameter, config: AdaLoraConfig) -> None:
+        """Take in the gradient of one parameter."""
+        now = torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).abs()
+        old, spread = self.importance.get(key, torch.zeros_like(now)), self.uncertainty.get(key, torch.zeros_like(now))
+        self.importance[key] = smooth = config.beta1 * old + (1 - config.beta1) * now
+        self.uncertainty[key] = config.beta2 * spread + (1 - config.beta2) * (now - smooth).abs()
+
+    def scores(self, path: str) -> Tensor:
+        """How important a layer's triplets are (r,): E's numbers, and A's rows and B's columns on average."""
+        A, B, E = (self.importance[path, slot] * self.uncertainty[path, slot] for slot in FACTORS)
+        return E.flatten() + (A.mean(dim=1) + B.mean(dim=0))
+
+
+@torch.no_grad()
+def update_and_allocate(model: nn.Module, global_step: int) -> None:
+    """Between `optimizer.step()` and `zero_grad()`: measure importance, and choose triplets when it is time to.
+
+    For any model with an AdaLoRA adapter that trains, wrapped or not. `global_step` counts optimizer steps, from 1.
+
+    Raises: StateError if no AdaLoRA adapter trains, or several, or there are no gradients; NoAdapterError.
+    """
+    state = state_of(model)
+    name = training_adapter(state)
+    config: Any = state.configs[name]
+    parameters: dict[tuple[str, str], Any] = {
+        (path, slot): layer.container(slot)[name]
+        for path, layer in named_layers(model)
+        if name in layer.variants and layer.variants[name].mergeable
+        for slot in FACTORS
+    }
+    memory: Allocation = state.memory.setdefault(name, Allocation())
+    if global_step < config.last_allocation:
+        check_gradients(parameters.values())
+        for key, parameter in parameters.items():
+            memory.learn(key, parameter, config)
+    memory.updates += 1
+    numbers = {path: parameter for (path, slot), parameter in parameters.items() if slot == "lora_E"}
+    if config.allocates_at(global_step):
+        full = sum(map(len, numbers.values()))
+        choose(memory, numbers, full - config.budget(global_step, full, config.target_r * len(numbers)))
+    if global_step == config.last_allocation:
+        config.rank_pattern = joined(config, memory.rank_pattern)
+        memory.importance, memory.uncertainty = {}, {}
+    elif global_step > config.last_allocation:
+        for path, E in numbers.items():
+            mask = config.mask_for(path)
+            if mask is not None and len(mask) == len(E):
+                E.masked_fill_(~torch.tensor(mask, device=E.device)[:, None], 0.0)
+
+
+def choose(memory: Allocation, numbers: dict[str, nn.Parameter], count: int) -> None:
+    """Set the `count` least important triplets to zero."""
+    scores = {path: memory.scores(path) for path in numbers}
+    every = torch.cat([score.cpu() for score in scores.values()])
+    limit = float(torch.kthvalue(every, count)[0]) if count > 0 else -1.0
+    memory.rank_pattern = {}
+    for path, E in numbers.items():
+        kept = scores[path] > limit
+        E.masked_fill_(~kept[:, None], 0.0)
+        memory.rank_pattern[pattern_key(path)] = kept.tolist()
+
+
+def joined(config: AdaLoraConfig, masks: dict[str, list[bool]]) -> dict[str, list[bool]]:
+    """The masks for triplets as they were at first, also if the adapter came from a file and had lost some already."""
+    result = {}
+    for key, mask in masks.items():
+        before, left = (config.rank_pattern or {}).get(key, mask), iter(mask)
+        result[key] = mask if len(before) == len(mask) else [was and next(left) for was in before]
+    return result
+
+
+def training_adapter(state: AdapterState) -> str:
+    """The AdaLoRA adapter that trains.
+
+    Raises: StateError if none does, or several do.
+    """
+    names = list(training_adapters(state))
+    if len(names) != 1:
+        raise StateError(
+            f"`update_and_allocate` is about the one AdaLoRA adapter that is active and trainable; of this model, "
+            f"{' and '.join(f'`{name}`' for name in names) if names else 'none'} is. Nothing was changed."
+        )
+    return names[0]
+
+
+def training_adapters(state: AdapterState) -> Iterator[str]:
+    """The AdaLoRA adapters that are active and trainable."""
+    return (n for n in state.active if state.wants_grad(n) and isinstance(state.configs[n], AdaLoraConfig))
+
+
+def check_gradients(parameters: Any) -> None:
+    """Refuse to measure importance where nothing has a gradient.
+
+    Raises: StateError.
+    """
+    if all(parameter.grad is None for parameter in parameters):
+        raise StateError(
+            "There are no gradients: call `update_and_allocate` after `optimizer.step()` and before "
+            "`optimizer.zero_grad()`. Nothing was changed."
+        )
+
+
+# ---- what happens in the model's forward
+def orthogonal_regularisation(model: nn.Module) -> Tensor | None:
+    """`orth_reg_weight` times the mean of ||A A^T - 1|| and ||B^T B - 1|| over all layers; None where no AdaLoRA trains.
+
+    It is part of `outputs.loss` of models that compute one, while gradients are recorded; add it to a loss of your own.
+
+    Raises: NoAdapterError.
+    """
+    state = state_of(model)
+    terms = [penalty(model, state, name) for name in training_adapters(state)]
+    return torch.stack(terms).sum() if terms else None
+
+
+def penalty(model: nn.Module, state: AdapterState, name: str) -> Tensor:
+    """What one adapter adds to the loss."""
+    config: Any = state.configs[name]
+    norms = []
+    for layer in layers(model):
+        if name in layer.variants and layer.variants[name].mergeable:
+            A, B = layer.lora_A[name], layer.lora_B[name]
+            norms += [distance_from_one(A @ A.T), distance_from_one(B.T @ B)]
+    mean = torch.stack([norm.to(norms[0].device) for norm in norms]).mean()
+    return mean * float(config.orth_reg_weight)
+
+
+def distance_from_one(gram: Tensor) -> Tensor:
+    """||gram - 1||, by the squares of all entries."""
+    return torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype))
+
+
+def after_forward(model: nn.Module, state: AdapterState, name: str, output: Any) -> Any:
+    """Add the regularisation to the loss in a model's output, if there is one."""
+    config: Any = state.configs[name]
+    if not torch.compiler.is_compiling():
+        notice_steps(model, state, name)
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, Tensor) and config.orth_reg_weight and state.wants_grad(name):
+        output.loss = loss + penalty(model, state, name).to(loss)
+    return output
+
+
+def notice_steps(model: nn.Module, state: AdapterState, name: str) -> None:
+    """Warn, once, when optimizer steps change E and nobody calls `update_and_allocate`."""
+    memory: Allocation = state.memory.setdefault(name, Allocation())
+    config: Any = state.configs[name]
+    if memory.updates or memory.steps < 0:
+        return
+    E = next(layer for layer in layers(model) if name in layer.variants and layer.variants[name].mergeable).lora_E[name]
+    memory.steps += memory.version is not None and memory.version != E._version
+    memory.version = E._version
+    if memory.steps > max(config.tinit, 1):
+        memory.steps = -1
+        warnings.warn(
+            f"AdaLoRA adapter `{name}` trains without allocating ranks: `tinit` is `{config.tinit}` and "
+            "`update_and_allocate` was not called yet. Call `peftlite.update_and_allocate(model, step)` after every "
+            "`optimizer.step()`, or give transformers' Trainer an `AdaLoraCallback`.",
+            PeftliteWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,139 @@
+"""AdaLoRA's config: LoRA's, and a schedule that says how many ranks are left at which step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from peftlite.checks import check_int, check_number, check_pattern, show, wrong
+from peftlite.config import PeftType, register_config
+from peftlite.errors import ConfigError, PeftliteWarning, UnsupportedFeatureError
+from peftlite.tuners.lora.config import LoraConfig
+
+WITHOUT_EFFECT: Final = ("r", "use_rslora", "alpha_pattern", "lora_bias")
+MEANINGLESS: Final = (
+    *("megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("use_dora", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication"),
+    *("target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
+)
+
+
+@dataclass
+class AdaLoraConfig(LoraConfig):
+    """AdaLoRA (https://arxiv.org/abs/2303.10512): W' = W + alpha / init_r * B diag(E) A, of `init_r` triplets at first.
+
+    Until step `tinit` all triplets train. Then, every `deltaT` steps, the model's least important ones are set to zero,
+    down to `target_r` per layer on average at `tfinal` steps before `total_step`: `rank_pattern` says which are left.
+    `beta1` and `beta2` smooth the importance, `orth_reg_weight` keeps A and B near to orthogonal. Other fields are
+    LoRA's; those without a meaning here warn or raise.
+
+    Raises: ConfigError, UnsupportedFeatureError.
+    """
+
+    rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1  # noqa: N815 - the field's name in files
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+
+    kind: ClassVar[PeftType | None] = PeftType.ADALORA
+    ordered_fields: ClassVar[frozenset[str]] = frozenset({"alpha_pattern"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("init_r", 1), ("target_r", 0), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
+            setattr(self, name, check_int(name, getattr(self, name), least))
+        self.total_step = check_int("total_step", self.total_step, 1)
+        for name in ("beta1", "beta2"):
+            if not 0 < check_number(name, getattr(self, name)) < 1:
+                raise wrong(name, getattr(self, name), "a number between 0 and 1")
+        if check_number("orth_reg_weight", self.orth_reg_weight) < 0:
+            raise wrong("orth_reg_weight", self.orth_reg_weight, "a number of at least 0")
+        if self.tinit >= self.last_allocation:
+            raise ConfigError(
+                f"`tinit` is `{self.tinit}` and `tfinal` is `{self.tfinal}`, which leaves no step of `total_step` "
+                f"`{self.total_step}` to allocate ranks in. Nothing was changed."
+            )
+        self._warn()
+
+    def _check_unbuilt(self) -> None:
+        for name in MEANINGLESS:
+            if getattr(self, name):
+                raise UnsupportedFeatureError(
+                    f"`{name}` is {show(getattr(self, name))}, which AdaLoRA does not have. Nothing was changed."
+                )
+        super()._check_unbuilt()
+
+    def _check_numbers(self) -> None:
+        masks, self.rank_pattern = self.rank_pattern, {}  # LoRA's are ranks
+        super()._check_numbers()
+        self.rank_pattern = None if masks is None else check_pattern("rank_pattern", masks, check_mask)
+
+    def _warn(self) -> None:
+        idle = [name for name in WITHOUT_EFFECT if getattr(self, name) not in (False, {}, LoraConfig.r)]
+        idle += ["init_lora_weights"] if isinstance(self.init_lora_weights, str) else []
+        said = [f"`{name}` is {show(getattr(self, name))}, which has no effect on AdaLoRA" for name in idle]
+        if "r" in idle:
+            said.append("its ranks are `init_r` and `target_r`")
+        if self.target_r > self.init_r:
+            said.append(f"`target_r` is `{self.target_r}`, above `init_r` `{self.init_r}`: no rank is ever taken away")
+        if said:
+            warnings.warn("; ".join(said) + ".", PeftliteWarning, stacklevel=4)
+
+    @property
+    def last_allocation(self) -> int:
+        """The step at which ranks are allocated for the last time."""
+        return int(self.total_step or 0) - self.tfinal
+
+    def allocates_at(self, step: int) -> bool:
+        """Whether triplets are chosen anew at this step."""
+        return step == self.last_allocation or (self.tinit < step < self.last_allocation and step % self.deltaT == 0)
+
+    def budget(self, step: int, full: int, target: int) -> int:
+        """How many of a model's `full` triplets are left after choosing at this step: falls cubically to `target`."""
+        left = 1 - (step - self.tinit) / (self.last_allocation - self.tinit)
+        return int((full - target) * left**3 + target)
+
+    def mask_for(self, path: str) -> list[bool] | None:
+        """Which of the first triplets the layer at this path has left; None while that is not decided."""
+        return (self.rank_pattern or {}).get(pattern_key(path))
+
+    def rank_for(self, path: str) -> int:
+        """How many triplets the layer at this path is made with."""
+        mask = self.mask_for(path)
+        return self.init_r if mask is None else sum(mask)
+
+
+def check_mask(name: str, mask: object) -> list[bool]:
+    """Which of the first triplets of a layer are left."""
+    if not isinstance(mask, Sequence) or isinstance(mask, str) or not all(isinstance(left, bool) for left in mask):
+        raise wrong(name, mask, "a list of True and False, one for each of `init_r` triplets")
+    return list(mask)
+
+
+def pattern_key(path: str) -> str:
+    """The key in `rank_pattern` of the layer at a path."""
+    return f"{path}.lora_E"
+
+
+def one_trains(others: Any, config: AdaLoraConfig) -> None:
+    """Refuse a second adapter that trains: importance is measured on one.
+
+    Raises: ConfigError.
+    """
+    training = [n for n, other in others.items() if isinstance(other, AdaLoraConfig) and not other.inference_mode]
+    if training and not config.inference_mode:
+        raise ConfigError(
+            f"`inference_mode` is `False`, and so is that of the AdaLoRA adapter `{training[0]}`; only one AdaLoRA "
+            "adapter of a model can train. Nothing was changed."
+        )
+
+
+register_config(PeftType.ADALORA, AdaLoraConfig)
