@@ -174,6 +174,7 @@ def _parse_config(file: BinaryIO, name: str) -> dict[str, Any]:
         raise CheckpointError(f"`{name}` is larger than {MAX_CONFIG} bytes. Nothing was changed.")
     try:
         found = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
+        json.dumps(found, ensure_ascii=False).encode("utf-8")  # half a character, escaped, could never be shown
         deep = _depth_exceeds(found, MAX_DEPTH)
     except RecursionError:
         deep = True

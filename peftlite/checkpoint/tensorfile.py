@@ -123,6 +123,7 @@ class SafetensorsFile:
             raise self._error("its header is not a list of tensors")
         try:
             entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
+            "".join(entries if isinstance(entries, dict) else "").encode("utf-8")  # half a character cannot be shown
         except RecursionError:
             raise self._error("its header is nested too deeply") from None
         except ValueError as error:
