@@ -83,8 +83,6 @@ def plan(
     config = config.copy()
     if state is not None:
         check_bias_owner(state, config)
-        if tuner.beside is not None:
-            tuner.beside(state.configs, config)
     facts = facts_of(base)
     config.base_model_name_or_path = config.base_model_name_or_path or facts.name_or_path
     found = Found.of(base)

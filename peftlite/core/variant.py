@@ -6,7 +6,7 @@ mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,8 +142,6 @@ class TunerSpec:
     resolve: Callable[[Any, Sequence[tuple[str, Host]]], None] | None = None
     """Completes the model's own copy of a config from the layers that it turned out to adapt."""
     shared: Shared | None = None
-    beside: Callable[[Mapping[str, PeftConfig], Any], None] | None = None
-    """Refuses a config that cannot stand beside those of the adapters that a model has."""
     file_form: FileForm | None = None
     after_forward: Callable[[nn.Module, Any, str, Any], Any] | None = None
     """(base model, its AdapterState, an adapter in use, the model's output) -> the output.
