@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from peftlite.checks import check_indices, check_names, check_names_or_regex, check_number, check_regex, show, wrong
 from peftlite.config import PeftConfig
+from peftlite.core.hosts import Host
 from peftlite.errors import ConfigError
 
 
@@ -57,3 +59,8 @@ def check_probability(field: str, value: object) -> float:
     if not 0 <= number < 1:
         raise wrong(field, value, "a probability below 1 (and not below 0)")
     return number
+
+
+def note_storage(config: Any, hosts: Sequence[tuple[str, Host]]) -> None:
+    """Note in the model's own config how the adapted weights are stored, as readers of the file expect it."""
+    config.fan_in_fan_out = any(host.transposed for _, host in hosts)

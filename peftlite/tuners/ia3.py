@@ -16,7 +16,7 @@ from peftlite.core.hosts import ALL_ROWS, ConvHost, Dense, Host, LinearHost
 from peftlite.core.slots import Slot, View
 from peftlite.core.variant import Placement, Program, TunerSpec, Variant, register
 from peftlite.errors import ConfigError
-from peftlite.tuners.fields import check_targets
+from peftlite.tuners.fields import check_targets, note_storage
 
 
 @dataclass
@@ -128,7 +128,7 @@ def resolve(config: IA3Config, hosts: Sequence[tuple[str, Host]]) -> None:
             "`feedforward_modules` is None, and there is no default for this model: name those of `target_modules` "
             "whose input is to be scaled, or `[]` for none. Nothing was changed."
         )
-    config.fan_in_fan_out = any(host.transposed for _, host in hosts)
+    note_storage(config, hosts)
 
 
 _IA3 = IA3()

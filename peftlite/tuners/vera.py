@@ -16,7 +16,7 @@ from peftlite.config import PeftConfig, PeftType, register_config
 from peftlite.core.hosts import ALL_ROWS, Host, LinearHost, widened
 from peftlite.core.slots import BufferSlot, ModuleSlot, Slot, View
 from peftlite.core.variant import Additive, Placement, Shared, TunerSpec, register
-from peftlite.tuners.fields import check_probability, check_targets
+from peftlite.tuners.fields import check_probability, check_targets, note_storage
 
 
 @dataclass
@@ -116,11 +116,6 @@ def drawn(shape: tuple[int, int], generator: torch.Generator, at: Placement) -> 
     return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(device=at.device, dtype=at.dtype)
 
 
-def resolve(config: VeraConfig, hosts: Sequence[tuple[str, Host]]) -> None:
-    """Note in the model's own config how the adapted weights are stored, as readers of the file expect it."""
-    config.fan_in_fan_out = any(host.transposed for _, host in hosts)
-
-
 _VERA = Vera()
 
 register_config(PeftType.VERA, VeraConfig)
@@ -137,7 +132,7 @@ register(
         variant_for=lambda config: _VERA,
         label=lambda host: f"vera.{host.name}",
         numbers=("r",),
-        resolve=resolve,
+        resolve=note_storage,
         shared=Shared(projection, lambda config: bool(config.save_projection)),
     )
 )

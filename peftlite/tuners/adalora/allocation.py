@@ -139,7 +139,7 @@ def check_gradients(parameters: Any) -> None:
 
 # ---- what happens in the model's forward
 def orthogonal_regularisation(model: nn.Module) -> Tensor | None:
-    """`orth_reg_weight` times the mean of ||A A^T - 1|| and ||B^T B - 1|| over all layers; None where no AdaLoRA trains.
+    """`orth_reg_weight` times the mean of ||A A^T - 1|| and ||B^T B - 1|| over all layers; None if no AdaLoRA trains.
 
     It is part of `outputs.loss` of models that compute one, while gradients are recorded; add it to a loss of your own.
 
@@ -164,7 +164,8 @@ def penalty(model: nn.Module, state: AdapterState, name: str) -> Tensor:
 
 def distance_from_one(gram: Tensor) -> Tensor:
     """||gram - 1||, by the squares of all entries."""
-    return torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype))
+    difference = gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+    return difference.square().sum().sqrt()
 
 
 def after_forward(model: nn.Module, state: AdapterState, name: str, output: Any) -> Any:

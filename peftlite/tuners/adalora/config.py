@@ -123,17 +123,4 @@ def pattern_key(path: str) -> str:
     return f"{path}.lora_E"
 
 
-def one_trains(others: Any, config: AdaLoraConfig) -> None:
-    """Refuse a second adapter that trains: importance is measured on one.
-
-    Raises: ConfigError.
-    """
-    training = [n for n, other in others.items() if isinstance(other, AdaLoraConfig) and not other.inference_mode]
-    if training and not config.inference_mode:
-        raise ConfigError(
-            f"`inference_mode` is `False`, and so is that of the AdaLoRA adapter `{training[0]}`; only one AdaLoRA "
-            "adapter of a model can train. Nothing was changed."
-        )
-
-
 register_config(PeftType.ADALORA, AdaLoraConfig)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -14,7 +13,8 @@ from peftlite.core.hosts import ALL_ROWS, ConvHost, Host, LinearHost, widened
 from peftlite.core.slots import ModuleSlot, Slot, View
 from peftlite.core.variant import Additive, FileForm, Placement, TunerSpec, register
 from peftlite.tuners.adalora.allocation import after_forward
-from peftlite.tuners.adalora.config import AdaLoraConfig, one_trains
+from peftlite.tuners.adalora.config import AdaLoraConfig
+from peftlite.tuners.fields import note_storage
 
 EPSILON: Final = 1e-5
 
@@ -92,11 +92,6 @@ def adopt(own: AdaLoraConfig, files: AdaLoraConfig) -> None:
     own.rank_pattern = files.rank_pattern
 
 
-def resolve(config: AdaLoraConfig, hosts: Sequence[tuple[str, Host]]) -> None:
-    """Note in the model's own config how the adapted weights are stored, as readers of the file expect it."""
-    config.fan_in_fan_out = any(host.transposed for _, host in hosts)
-
-
 _ADALORA = AdaLora()
 
 register(
@@ -115,8 +110,7 @@ register(
         variant_for=lambda config: _ADALORA,
         label=lambda host: f"adalora.SVD{host.name}",
         numbers=("r", "lora_alpha", "scaling"),
-        resolve=resolve,
-        beside=one_trains,
+        resolve=note_storage,
         file_form=FileForm(cut, uncut, adopt),
         after_forward=after_forward,
     )
