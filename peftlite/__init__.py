@@ -60,11 +60,13 @@ if TYPE_CHECKING:
     from peftlite.tuners.ia3 import IA3Config
     from peftlite.tuners.loha import LoHaConfig
     from peftlite.tuners.lokr import LoKrConfig
-    from peftlite.tuners.lora.config import LoraConfig, LoraRuntimeConfig
+    from peftlite.tuners.lora.config import LoraConfig
+    from peftlite.tuners.lora.options import BdLoraConfig, LoraRuntimeConfig
     from peftlite.tuners.vera import VeraConfig
 
 __version__ = "0.1.0"
 __all__ = [
+    "BdLoraConfig",
     "AdaLoraCallback",
     "AdaLoraConfig",
     "AdaLoraModel",
@@ -173,7 +175,8 @@ _HOMES = {
     "peftlite.tuners.ia3": ("IA3Config",),
     "peftlite.tuners.loha": ("LoHaConfig",),
     "peftlite.tuners.lokr": ("LoKrConfig",),
-    "peftlite.tuners.lora.config": ("LoraConfig", "LoraRuntimeConfig"),
+    "peftlite.tuners.lora.config": ("LoraConfig",),
+    "peftlite.tuners.lora.options": ("BdLoraConfig", "LoraRuntimeConfig"),
     "peftlite.tuners.vera": ("VeraConfig",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -119,6 +119,11 @@ def match_pattern(patterns: Iterable[str], path: str) -> str | None:
     return names[min(found)] if found else None
 
 
+def contains_any(path: str, names: Iterable[str]) -> bool:
+    """Whether one of the names occurs anywhere in the path: what some methods' lists of names mean in PEFT."""
+    return any(name in path for name in names)
+
+
 def layer_index(path: str, patterns: Sequence[str] = ()) -> int | None:
     """The layer that a module belongs to: the number after a name that one of the patterns matches."""
     if patterns:

@@ -83,6 +83,9 @@ TUNERS: dict[str, Make] = {
     "lora-olora": lora(init_lora_weights="olora", lora_dropout=0.3),
     "lora-orthogonal": lora(init_lora_weights="orthogonal"),
     "lora-mica": lora(init_lora_weights="mica"),
+    "lora-bdlora": lora(use_bdlora={"target_modules_bd_a": ["layer"], "nblocks": 2}),
+    "lora-bdlora-B": lora(use_bdlora={"target_modules_bd_b": ["layer"], "nblocks": 2}, lora_dropout=0.3),
+    "lora-qalora": lora(use_qalora=True, qalora_group_size=4),
     "lora-dora-pissa": lora(init_lora_weights="pissa_niter_2", use_dora=True),
     "ia3": ia3(feedforward=False),
     "ia3-feedforward": ia3(feedforward=True),
@@ -100,6 +103,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNSUPPORTED: dict[tuple[str, str], str] = {
     ("lora-lora_bias", "embedding"): "lora_bias",
     **{(tuner, "conv2d-groups"): "use_dora" for tuner in ("lora-dora", "lora-dora-rslora")},
+    **{
+        (f"lora-{form}", kind): f"use_{form.partition('-')[0]}"
+        for form in ("bdlora", "bdlora-B", "qalora")
+        for kind in ("conv1d-torch", "conv2d", "conv2d-groups", "conv3d", "embedding")
+    },
     **{
         (f"lora-{init}", kind): "init_lora_weights"
         for init in ("pissa", "olora", "orthogonal", "mica", "dora-pissa")

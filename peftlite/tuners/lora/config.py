@@ -21,14 +21,7 @@ from peftlite.config import PeftConfig, PeftType, register_config
 from peftlite.core.targets import match_pattern
 from peftlite.errors import ConfigError, UnsupportedFeatureError, nearest
 from peftlite.tuners.fields import check_probability, check_targets
-
-
-@dataclass(frozen=True)
-class LoraRuntimeConfig:
-    """How to run on this machine; never part of a file."""
-
-    ephemeral_gpu_offload: bool = False
-
+from peftlite.tuners.lora.options import BdLoraConfig, LoraRuntimeConfig, options, plain
 
 # Fields whose feature this version does not have, and the value that asks for nothing.
 UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
@@ -41,12 +34,8 @@ UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
         "corda_config": None,
         "lora_ga_config": None,
         "velora_config": None,
-        "alora_invocation_tokens": None,
-        "use_qalora": False,
-        "qalora_group_size": 16,
         "monteclora_config": None,
         "layer_replication": None,
-        "use_bdlora": None,
         "arrow_config": None,
         "kasa_config": None,
         "ensure_weight_tying": False,
@@ -117,7 +106,7 @@ class LoraConfig(PeftConfig):
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: dict[str, Any] | None = None
+    use_bdlora: BdLoraConfig | dict[str, Any] | None = None
     arrow_config: dict[str, Any] | None = None
     kasa_config: dict[str, Any] | None = None
     ensure_weight_tying: bool = False
@@ -132,6 +121,11 @@ class LoraConfig(PeftConfig):
         check_targets(self)
         self._check_numbers()
         self._check_flags()
+        self._check_options()
+        self._check_forms()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: plain(value) for name, value in super().to_dict().items()}
 
     def rank_for(self, path: str) -> int:
         """The rank at this path (relative to the base model): of the first `rank_pattern` that matches, else `r`."""
@@ -173,21 +167,41 @@ class LoraConfig(PeftConfig):
 
     def _check_flags(self) -> None:
         self.bias = check_choice("bias", self.bias, BIASES)
-        self.use_dora = bool(self.use_dora is not None and check_bool("use_dora", self.use_dora))
+        for name in ("use_dora", "use_qalora"):
+            value = getattr(self, name)
+            setattr(self, name, value is not None and check_bool(name, value))
         for name in ("fan_in_fan_out", "use_rslora", "lora_bias"):
             check_bool(name, getattr(self, name))
-        if self.lora_bias and self.use_dora:
-            raise ConfigError("`lora_bias` is `True`, which has no form with `use_dora`. Nothing was changed.")
-        if isinstance(self.init_lora_weights, bool):
-            return
-        self._check_init(self.init_lora_weights)
-        if self.lora_bias:
+        if not isinstance(self.init_lora_weights, bool):
+            self._check_init(self.init_lora_weights)
+
+    def _check_options(self) -> None:
+        self.use_bdlora = options("use_bdlora", self.use_bdlora, BdLoraConfig)
+        self.qalora_group_size = check_int("qalora_group_size", self.qalora_group_size, 1)
+
+    def _check_forms(self) -> None:
+        init = self.init_lora_weights
+        forms = {
+            "use_dora": self.use_dora,
+            "use_qalora": self.use_qalora,
+            "use_bdlora": self.use_bdlora is not None,
+            "init_lora_weights='mica'": init == "mica",
+        }
+        asked = [name for name, wanted in forms.items() if wanted]
+        if len(asked) > 1:
+            raise ConfigError(f"`{asked[0]}` and `{asked[1]}` have no form together; choose one. Nothing was changed.")
+        if self.lora_bias and not isinstance(init, bool):
             raise ConfigError(
-                f"`lora_bias` is `True`, which needs `init_lora_weights` to be `True` or `False`, "
-                f"not {show(self.init_lora_weights)}. Nothing was changed."
+                "`lora_bias` is `True`, which needs `init_lora_weights` to be `True` or `False`, "
+                f"not {show(init)}. Nothing was changed."
             )
-        if self.init_lora_weights == "mica" and self.use_dora:
-            raise ConfigError("`init_lora_weights` is `mica`, which has no form with `use_dora`. Nothing was changed.")
+        if self.lora_bias and (self.use_dora or self.use_bdlora is not None):
+            raise ConfigError(f"`lora_bias` is `True`, which has no form with `{asked[0]}`. Nothing was changed.")
+        if init not in (True, False, "gaussian") and (self.use_qalora or self.use_bdlora is not None):
+            raise ConfigError(
+                f"`init_lora_weights` is {show(init)}, and with `{asked[0]}` it can only be `True`, `False` or "
+                "`gaussian`. Nothing was changed."
+            )
 
     def _check_init(self, value: object) -> None:
         name = value.lower() if isinstance(value, str) else ""

@@ -15,6 +15,7 @@ from peftlite.core.slots import View, build_linear
 from peftlite.core.variant import Placement
 from peftlite.tuners.lora.config import LoraConfig
 from peftlite.tuners.lora.inits.table import beginning
+from peftlite.tuners.lora.structured import Structured
 
 
 @singledispatch
@@ -109,7 +110,8 @@ def _(host: LinearHost, r: int, at: Placement) -> dict[str, Any]:
 
 @pair.register
 def _(host: LinearHost, a: View) -> tuple[Tensor, Tensor]:
-    return a.lora_A.weight, a.lora_B.weight
+    A, B = (f.matrix() if isinstance(f, Structured) else f.weight for f in (a.lora_A, a.lora_B))
+    return A, B
 
 
 @bias_of_B.register

@@ -10,6 +10,7 @@ from peftlite.core.slots import ModuleSlot, Slot
 from peftlite.core.variant import TunerSpec, Variant, register
 from peftlite.tuners.lora.config import LoraConfig
 from peftlite.tuners.lora.dora import Dora
+from peftlite.tuners.lora.frugal import Blocks, Pooled
 from peftlite.tuners.lora.inits.table import beginning
 from peftlite.tuners.lora.plain import Lora
 from peftlite.tuners.lora.start import Mica, Shifted
@@ -27,14 +28,21 @@ _LORA = Lora()
 _SHIFTED = Shifted()
 _MICA = Mica()
 _DORA = Dora()
+_BLOCKS = Blocks()
+_POOLED = Pooled()
 
 
 def variant_for(config: LoraConfig) -> Variant:
     """The variant that a config asks for."""
-    if config.use_dora:
-        return _DORA
-    if config.init_lora_weights == "mica":
-        return _MICA
+    forms = (
+        (config.use_dora, _DORA),
+        (config.use_bdlora is not None, _BLOCKS),
+        (config.use_qalora, _POOLED),
+        (config.init_lora_weights == "mica", _MICA),
+    )
+    for asked, variant in forms:
+        if asked:
+            return variant
     return _LORA if beginning(config.init_lora_weights) is None else _SHIFTED
 
 

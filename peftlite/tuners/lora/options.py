@@ -1,0 +1,143 @@
+"""The parts of LoRA's config that have fields of their own, as in PEFT 0.21.2."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from peftlite.checks import check_bool, check_choice, check_int, check_names, check_number, check_text, show, wrong
+from peftlite.errors import ConfigError, nearest
+
+O = TypeVar("O")  # noqa: E741 - one of the classes below
+
+DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
+SCALES = ("stable", "weight_svd", "gd_scale", "unit")
+
+
+@dataclass(frozen=True)
+class LoraRuntimeConfig:
+    """How to run on this machine; never part of a file. DoRA's norms need no GPU, so offloading changes nothing."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class EvaConfig:
+    """EVA: how to find the first factors from activations, and how to spread the ranks over the layers.
+
+    `rho`: a layer may get up to rho times its rank. `tau`: components count as found when their cosine to the last
+    step's exceeds it. `use_label_mask`: leave out tokens whose label is `label_mask_value`. `whiten`: divide components
+    by their singular values. `adjust_scaling_factors`: keep each layer's scaling while its rank changes.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        self.rho, self.tau = check_number("rho", self.rho), check_number("tau", self.tau)
+        if self.rho < 1:
+            raise wrong("rho", self.rho, "at least 1")
+        if not 0 <= self.tau <= 1:
+            raise wrong("tau", self.tau, "between 0 and 1")
+        for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
+            check_bool(name, getattr(self, name))
+
+
+@dataclass
+class CordaConfig:
+    """CorDA: the decomposition of the weight that `preprocess_corda` makes from covariances of the inputs.
+
+    `corda_method`: "ipm" begins with what the covariance finds most important, "kpm" with the least, to keep knowledge.
+    """
+
+    cache_file: str | None = None
+    covariance_file: str | None = None
+    corda_method: str = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
+
+    def __post_init__(self) -> None:
+        self.corda_method = check_choice("corda_method", self.corda_method, ("ipm", "kpm"))
+        for name in ("cache_file", "covariance_file"):
+            check_text(name, getattr(self, name))
+        for name in ("verbose", "use_float16_for_covariance", "prune_temporary_fields"):
+            check_bool(name, getattr(self, name))
+
+
+@dataclass
+class LoraGAConfig:
+    """LoRA-GA: which singular vectors of the gradient the factors begin as (`direction`), and how large (`scale`)."""
+
+    direction: str = "ArB2r"
+    scale: str = "stable"
+    stable_gamma: int = 16
+
+    def __post_init__(self) -> None:
+        self.direction = check_choice("direction", self.direction, DIRECTIONS)
+        self.scale = check_choice("scale", self.scale, SCALES)
+        self.stable_gamma = check_int("stable_gamma", self.stable_gamma, 1)
+
+
+@dataclass
+class LoftQConfig:
+    """LoftQ: the number of bits of the quantised base, and of rounds of quantising and approximating the rest."""
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+    def __post_init__(self) -> None:
+        if self.loftq_bits not in (2, 4, 8):
+            raise wrong("loftq_bits", self.loftq_bits, "2, 4 or 8")
+        self.loftq_iter = check_int("loftq_iter", self.loftq_iter, 1)
+
+
+@dataclass
+class BdLoraConfig:
+    """BD-LoRA: `nblocks` blocks in A, or in B, of the modules whose paths contain one of these names.
+
+    A target that neither list names is an error, unless `match_strict=False`.
+    """
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: int = 1
+    match_strict: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules_bd_a", "target_modules_bd_b"):
+            setattr(self, name, check_names(name, getattr(self, name), sort=False))
+        self.nblocks = check_int("nblocks", self.nblocks, 1)
+        check_bool("match_strict", self.match_strict)
+
+
+def options(field: str, value: object, kind: type[O]) -> O | None:
+    """The value of a field of `kind`: one, a mapping of its fields, or None.
+
+    Raises: ConfigError.
+    """
+    if value is None or isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise wrong(field, value, f"a `{kind.__name__}`, a dict or None")
+    if not value:
+        return None
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in value:
+        if key not in known:
+            raise ConfigError(
+                f"`{field}` has {show(key)}, which {kind.__name__} does not; nearest: {nearest(str(key), known)}. "
+                "Nothing was changed."
+            )
+    return kind(**value)
+
+
+def plain(value: Any) -> Any:
+    """The value of a field as files have it."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
