@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peftlite.checkpoint.report import LoadReport
     from peftlite.checkpoint.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
     from peftlite.config import PeftConfig, PeftType, TaskType
+    from peftlite.convert import convert_to_lora, extract_lora, save_as_lora
     from peftlite.core.inject import inject, plan
     from peftlite.core.lifecycle import (
         active_adapters,
@@ -96,11 +97,13 @@ __all__ = [
     "VeraModel",
     "active_adapters",
     "add_weighted_adapter",
+    "convert_to_lora",
     "delete_adapter",
     "disable_adapter",
     "disable_adapters",
     "enable_adapters",
     "errors",
+    "extract_lora",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
@@ -115,6 +118,7 @@ __all__ = [
     "plan",
     "print_trainable_parameters",
     "save_adapter",
+    "save_as_lora",
     "scale_adapter",
     "set_adapter",
     "set_peft_model_state_dict",
@@ -132,6 +136,7 @@ _HOMES = {
     "peftlite.checkpoint.report": ("LoadReport",),
     "peftlite.checkpoint.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "peftlite.config": ("PeftConfig", "PeftType", "TaskType"),
+    "peftlite.convert": ("convert_to_lora", "extract_lora", "save_as_lora"),
     "peftlite.core.inject": ("inject", "plan"),
     "peftlite.core.lifecycle": (
         "active_adapters",

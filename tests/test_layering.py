@@ -22,6 +22,7 @@ ROOMS = (
     ("core",),
     ("tuners",),
     ("checkpoint",),
+    ("convert", "hotswap", "optimizers", "helpers"),
     ("base_tuner",),
     ("model",),
     ("auto",),

@@ -7,10 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
+from peftlite.config import PeftConfig
 from peftlite.core.inject import Found, choose_parameters
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.targets import TargetSpec, match_pattern, select
@@ -29,6 +30,34 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
             seen.add(id(module))
             yield place.path if module.param is None else f"{place.path}.{module.param}", module
             module = module.wrapped
+
+
+KEPT = (
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+    "layer_replication",
+    "fan_in_fan_out",
+    "lora_dropout",
+    "runtime_config",
+)
+"""What plain LoRA takes over from the config of a variant, or of another method."""
+
+
+def plain_of(config: PeftConfig, **changes: Any) -> LoraConfig:
+    """A config of plain LoRA for the same layers, with these changes; its rank and scaling are yet to be `fitted`."""
+    values = config.to_dict()
+    kept = {name: values[name] for name in KEPT if name in values}
+    return LoraConfig(**{**kept, **changes})
 
 
 # ---- which layers

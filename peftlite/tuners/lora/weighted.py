@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +20,15 @@ from peftlite.core.variant import COMPANIONS
 from peftlite.errors import ConfigError
 from peftlite.tuners.lora.combine import Made, Recipe, Update, combined
 from peftlite.tuners.lora.config import LoraConfig
-from peftlite.tuners.lora.fit import adapted, addressed, fitted
+from peftlite.tuners.lora.fit import adapted, addressed, fitted, plain_of
 from peftlite.tuners.lora.lowrank import Approximation, Part, norm
 from peftlite.tuners.lora.plain import Lora
 from peftlite.tuners.lora.stacks import stored, times
 from peftlite.tuners.lora.start import Shifted
 from peftlite.tuners.lora.variant import LORA
+
+PRODUCTS = (Lora, Shifted)
+"""Variants whose effect is scaling * B A, and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Sources:
         for path, layer in self.low_rank.items():
             for name in self.on(layer):
                 kind = type(layer.variants[name])
-                if kind not in (Lora, Shifted):
+                if kind not in PRODUCTS:
                     raise ConfigError(
                         f"Adapter `{name}` is {kind.__name__} on `{path}`, whose effect is no sum of products: it can "
                         "only be combined alone, with weight 1 and without a lower `svd_rank`. Nothing was changed."
@@ -115,14 +118,9 @@ def config_of(model: nn.Module, sources: Sources, made: Mapping[str, Made]) -> L
     """The config of the combination: the first adapter's, with the targets of all and the ranks that came out."""
     first = sources.configs[0]
     on_parameters = any(isinstance(layer.host, ParamHost) for layer in sources.low_rank.values())
-    plain = replace(
-        first.copy(),
+    plain = plain_of(
+        first,
         **union_of_companions(sources),
-        init_lora_weights=True,
-        eva_config=None,
-        corda_config=None,
-        lora_ga_config=None,
-        loftq_config={},
         lora_bias=any(m.update.bias is not None for m in made.values()),
         lora_dropout=0.0 if on_parameters else first.lora_dropout,
         use_rslora=first.use_rslora and len(sources.names) == 1,
