@@ -96,7 +96,7 @@ def portable(
     model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor]
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
     """Config and tensors of an adapter's file: as plain LoRA, where nobody could know from them what is subtracted."""
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig) or config.kind is not LoraConfig.kind:
         return config, tensors
     begin = beginning(config.init_lora_weights)
     if begin is not None and begin.subtracted and begin.follows:
