@@ -13,7 +13,7 @@ import torch._dynamo.testing
 from torch import nn
 
 import peftlite
-from peftlite import LoraConfig, LoraModel, PeftModel, errors, get_peft_model, inject_adapter_in_model, wrap
+from peftlite import IA3Config, LoraConfig, LoraModel, PeftModel, errors, get_peft_model, inject_adapter_in_model, wrap
 from tests.models import batch, tiny
 from tests.twins import Twins, fill, trainable, twins
 
@@ -439,7 +439,7 @@ def test_a_state_dict_says_which_modules_get_an_adapter(prefix: str) -> None:
         f"{prefix}model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(8, 16),
         f"{prefix}model.embed_tokens.lora_embedding_A": torch.zeros(8, 48),
     }
-    config = LoraConfig(target_modules=["v_proj"], layers_to_transform=[1])
+    config = LoraConfig(target_modules=["v_proj"], layers_to_transform=[1], exclude_modules=["q_proj"])
     model = inject_adapter_in_model(config, tiny("llama"), state_dict=weights)
     names = [report.name for report in peftlite.get_layer_status(model)]
     assert names == ["model.embed_tokens", "model.layers.0.self_attn.q_proj"]
@@ -453,6 +453,49 @@ def test_a_state_dict_that_fits_nothing_is_refused() -> None:
     with pytest.raises(errors.TargetNotFoundError, match=r"`layers.5.q_proj`.*nearest"):
         inject_adapter_in_model(config, model, state_dict={"layers.5.q_proj.lora_A.weight": torch.zeros(1)})
     assert str(model) == str(tiny("llama"))
+
+
+def test_adapters_of_two_kinds_have_no_wrapper() -> None:
+    model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny("llama"))
+    inject_adapter_in_model(IA3Config(target_modules=["k_proj"], feedforward_modules=[]), model, "b")
+    with pytest.raises(errors.StateError, match=r"of one kind.*`IA3`, `LORA`.*Nothing was changed"):
+        wrap(model)
+
+
+def test_methods_pass_their_options_on() -> None:
+    model = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert model.targeted_module_names == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    model.add_adapter("b", LoraConfig(target_modules=["v_proj"]))
+    model.set_adapter("b", inference_mode=True)
+    assert trainable(model) == []
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.v_proj.lora_B["b"].weight.fill_(float("inf"))
+    for merge in (model.merge_adapter, model.merge_and_unload, model.base_model.merge_adapter):
+        with pytest.raises(errors.MergeError, match="`b`"):
+            merge(safe_merge=True)
+    model.merge_adapter(["default"])
+    assert model.get_model_status().active_adapters == ["b"]
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    model.scale_adapter("default", 3.0)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == 3.0
+
+
+class TakesLabels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        return self.linear(input_ids), labels
+
+
+def test_arguments_that_are_not_given_are_not_passed_on() -> None:
+    config = LoraConfig(target_modules=["linear"], task_type="CAUSAL_LM")
+    model = get_peft_model(TakesLabels(), config)
+    inputs, labels = torch.zeros(1, 2), torch.ones(1)
+    assert model(inputs, None, None, labels)[1] is labels  # PEFT hands None on, to parameters that are not there
 
 
 def test_lora_model_stands_alone() -> None:

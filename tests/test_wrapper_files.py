@@ -9,10 +9,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peftlite import LoraConfig, PeftModel, PeftModelForCausalLM, errors, get_peft_model
-from peftlite.checkpoint import hub
+from peftlite.checkpoint import adapters, hub
 from tests.models import batch, tiny
 from tests.snapshots import check_unchanged, snapshot
 from tests.twins import fill, trainable, twins
@@ -100,8 +101,49 @@ def test_names_subfolders_and_mappings(tmp_path: Path) -> None:
     other = PeftModel.from_pretrained(tiny("llama"), tmp_path / "sub", config=config)
     assert other.peft_config["default"].lora_alpha == 16
     assert config.inference_mode is False
-    renamed = PeftModel.from_pretrained(tiny("llama"), tmp_path / "sub", key_mapping={"^model": "model"})
-    assert torch.equal(logits(renamed), logits(model))
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> tuple[Path, Any]:
+    """An adapter whose keys are another library's, and the model that it is of."""
+    model = saved(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key.replace(".self_attn.", ".attn."): t for key, t in load_file(path).items()}, path)
+    return tmp_path, model
+
+
+def test_keys_of_other_libraries_are_mapped(foreign: tuple[Path, Any]) -> None:
+    place, model = foreign
+    mapping = {r"\.attn\.": ".self_attn."}
+    read = PeftModel.from_pretrained(tiny("llama"), place, key_mapping=mapping)
+    assert torch.equal(logits(read), logits(model))
+    with pytest.raises(errors.CheckpointError, match=r"`base_model\..*attn"):
+        read.load_adapter(place, "b")
+    read.load_adapter(place, "b", key_mapping=mapping)
+    read.set_adapter("b")
+    assert torch.equal(logits(read), logits(model))
+
+
+def test_what_does_not_fit_is_left_out_when_asked(foreign: tuple[Path, Any]) -> None:
+    place, _ = foreign
+    with pytest.warns(errors.PeftliteWarning, match="missing"):
+        read = PeftModel.from_pretrained(tiny("llama"), place, strict=False)
+    with pytest.warns(errors.PeftliteWarning, match="missing"):
+        report = read.load_adapter(place, "b", strict=False)
+    assert len(report.missing_keys) == len(report.unexpected_keys) == 4
+    assert not report.loaded_keys
+
+
+def test_tensors_go_where_they_are_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = saved(tmp_path)
+    asked: list[Any] = []
+    load = adapters.load_adapter
+    monkeypatch.setattr(
+        adapters, "load_adapter", lambda *given, **o: asked.append(o["torch_device"]) or load(*given, **o)
+    )
+    PeftModel.from_pretrained(tiny("llama"), tmp_path, torch_device="cpu")
+    model.load_adapter(tmp_path, "b", torch_device="cpu")
+    assert asked == ["cpu", "cpu"]
 
 
 # ---- several adapters
