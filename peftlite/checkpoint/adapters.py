@@ -247,7 +247,7 @@ class Loader:
         apply(staged)
         form = tuner_for(own).file_form
         if form is not None:
-            form.adopt(own, self.config)
+            form.adopt(state_of(self.model), self.name, self.config)
         if trainable:
             set_requires_grad(self.model, self.name, True)
         return report

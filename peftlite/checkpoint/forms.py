@@ -15,12 +15,12 @@ from peftlite.checkpoint.targets import LayerTarget, Targets
 from peftlite.checkpoint.tensorfile import TensorInfo, TensorSource
 
 
-def as_in_files(tensors: Mapping[str, Tensor], targets: Targets, config: Any) -> dict[str, Tensor]:
+def as_in_files(tensors: Mapping[str, Tensor], targets: Targets, memory: Any) -> dict[str, Tensor]:
     """An adapter's tensors by file key, as files have them."""
     result = dict(tensors)
     for key, target in targets.places.items():
         if key in result and isinstance(target, LayerTarget) and target.layer.tuner.file_form is not None:
-            result[key] = target.layer.tuner.file_form.write(config, path_of(key, target), target.suffix, result[key])
+            result[key] = target.layer.tuner.file_form.write(memory, path_of(key, target), target.suffix, result[key])
     return result
 
 

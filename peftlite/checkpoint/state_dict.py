@@ -112,7 +112,7 @@ def adapter_tensors(
         chosen.update(second_copies(base, name))
     if state_dict is not None:
         chosen = taken_from(state_dict, model, chosen)
-    return as_in_files({key: tensor.detach() for key, tensor in chosen.items()}, targets, config)
+    return as_in_files({key: tensor.detach() for key, tensor in chosen.items()}, targets, state.memory.get(name))
 
 
 def second_copies(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -121,10 +121,11 @@ class FileForm:
     """How a layer's tensors stand in files, where that is not as they are."""
 
     write: Callable[[Any, str, str, Tensor], Tensor]
-    """(config, path, file suffix, tensor) -> tensor"""
+    """(what is in `AdapterState.memory`, path, file suffix, tensor) -> the file's tensor."""
     read: Callable[[Any, str, str, Tensor], Tensor]
-    adopt: Callable[[Any, Any], None]
-    """(config, that of a file) -> what an adapter takes over when it is given the tensors of the file."""
+    """(the file's config, path, file suffix, the file's tensor) -> tensor, where shapes differ."""
+    adopt: Callable[[Any, str, Any], None]
+    """(AdapterState, name, the file's config): what an adapter takes over with the tensors of a file."""
 
 
 @dataclass(frozen=True, eq=False)
