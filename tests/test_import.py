@@ -20,9 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(code: str) -> str:
     """What a fresh Python prints."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -32,11 +30,12 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert run(f"import peftlite, sys; print([m for m in {heavy} if m in sys.modules])") == "[]\n"
 
 
-def test_no_public_name_imports_transformers_or_the_hub() -> None:
+def test_only_integrations_import_transformers_or_the_hub() -> None:
     code = """
 import sys, peftlite
-for name in peftlite.__all__:
-    getattr(peftlite, name)
+for home, names in peftlite._HOMES.items():
+    if not home.startswith("peftlite.integrations."):
+        [getattr(peftlite, name) for name in names]
 print([m for m in ("transformers", "huggingface_hub", "accelerate", "peft") if m in sys.modules])
 """
     assert run(code) == "[]\n"
