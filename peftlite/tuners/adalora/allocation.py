@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import state_of
 from peftlite.core.state import AdapterState
 from peftlite.core.tree import layers, named_layers
@@ -20,6 +21,27 @@ FACTORS: Final = ("lora_A", "lora_B", "lora_E")
 
 
 @dataclass
+class Watch:
+    """Counts how often one layer's E changed between forward passes, without waiting for the device each time."""
+
+    seen: Tensor
+    changes: Tensor
+    forwards: int = 0
+    look_after: int = 0
+
+    def steps(self, E: Tensor, most: int) -> int:
+        """The changes so far, at least where there may be more than `most`."""
+        self.changes += (self.seen != E).any()
+        self.seen.copy_(E)
+        self.forwards += 1
+        if self.forwards <= self.look_after:
+            return 0
+        steps = int(self.changes)
+        self.look_after = self.forwards + most - steps
+        return steps
+
+
+@dataclass
 class Allocation:
     """What the training of an adapter has shown so far; by path and slot."""
 
@@ -27,13 +49,11 @@ class Allocation:
     """|w dL/dw|, smoothed."""
     uncertainty: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     """How far |w dL/dw| is from that, smoothed."""
-    rank_pattern: dict[str, list[bool]] = field(default_factory=dict)
-    """Which triplets the last choice left."""
-    updates: int = 0
-    """Calls of `update_and_allocate`."""
-    steps: int = 0
-    """Optimizer steps that forward noticed; see `notice_steps`."""
-    version: int | None = None
+    kept: dict[str, list[bool]] = field(default_factory=dict)
+    """Which of the triplets that layers have were left by the last allocation; empty before."""
+    watch: Watch | None = None
+    is_watched: bool = True
+    """Whether `update_and_allocate` was not called yet, and nobody was told so."""
 
     def learn(self, key: tuple[str, str], parameter: nn.Parameter, config: AdaLoraConfig) -> None:
         """Take in the gradient of one parameter."""
@@ -67,34 +87,33 @@ def update_and_allocate(model: nn.Module, global_step: int) -> None:
     }
     memory: Allocation = state.memory.setdefault(name, Allocation())
     if global_step < config.last_allocation:
-        check_gradients(parameters.values())
+        if all(parameter.grad is None for parameter in parameters.values()):
+            raise StateError(
+                "There are no gradients: call `update_and_allocate` after `optimizer.step()` and before "
+                "`optimizer.zero_grad()`. Nothing was changed."
+            )
         for key, parameter in parameters.items():
             memory.learn(key, parameter, config)
-    memory.updates += 1
+    memory.is_watched = False
     numbers = {path: parameter for (path, slot), parameter in parameters.items() if slot == "lora_E"}
+    masks = memory.kept
     if config.allocates_at(global_step):
         full = sum(map(len, numbers.values()))
-        choose(memory, numbers, full - config.budget(global_step, full, config.target_r * len(numbers)))
+        masks = chosen(memory, list(numbers), full - config.budget(global_step, full, config.target_r * len(numbers)))
     if global_step == config.last_allocation:
-        config.rank_pattern = joined(config, memory.rank_pattern)
-        memory.importance, memory.uncertainty = {}, {}
-    elif global_step > config.last_allocation:
-        for path, E in numbers.items():
-            mask = config.mask_for(path)
-            if mask is not None and len(mask) == len(E):
-                E.masked_fill_(~torch.tensor(mask, device=E.device)[:, None], 0.0)
+        memory.kept, memory.importance, memory.uncertainty = masks, {}, {}
+        config.rank_pattern = joined(config, masks)
+    for path, E in numbers.items():
+        if pattern_key(path) in masks:
+            E.masked_fill_(~torch.tensor(masks[pattern_key(path)], device=E.device)[:, None], 0.0)
 
 
-def choose(memory: Allocation, numbers: dict[str, nn.Parameter], count: int) -> None:
-    """Set the `count` least important triplets to zero."""
-    scores = {path: memory.scores(path) for path in numbers}
+def chosen(memory: Allocation, paths: list[str], count: int) -> dict[str, list[bool]]:
+    """Which triplets are left when the `count` least important ones are taken away."""
+    scores = {path: memory.scores(path) for path in paths}
     every = torch.cat([score.cpu() for score in scores.values()])
     limit = float(torch.kthvalue(every, count)[0]) if count > 0 else -1.0
-    memory.rank_pattern = {}
-    for path, E in numbers.items():
-        kept = scores[path] > limit
-        E.masked_fill_(~kept[:, None], 0.0)
-        memory.rank_pattern[pattern_key(path)] = kept.tolist()
+    return {pattern_key(path): (score > limit).tolist() for path, score in scores.items()}
 
 
 def joined(config: AdaLoraConfig, masks: dict[str, list[bool]]) -> dict[str, list[bool]]:
@@ -125,18 +144,6 @@ def training_adapters(state: AdapterState) -> Iterator[str]:
     return (n for n in state.active if state.wants_grad(n) and isinstance(state.configs[n], AdaLoraConfig))
 
 
-def check_gradients(parameters: Any) -> None:
-    """Refuse to measure importance where nothing has a gradient.
-
-    Raises: StateError.
-    """
-    if all(parameter.grad is None for parameter in parameters):
-        raise StateError(
-            "There are no gradients: call `update_and_allocate` after `optimizer.step()` and before "
-            "`optimizer.zero_grad()`. Nothing was changed."
-        )
-
-
 # ---- what happens in the model's forward
 def orthogonal_regularisation(model: nn.Module) -> Tensor | None:
     """`orth_reg_weight` times the mean of ||A A^T - 1|| and ||B^T B - 1|| over all layers; None if no AdaLoRA trains.
@@ -153,13 +160,17 @@ def orthogonal_regularisation(model: nn.Module) -> Tensor | None:
 def penalty(model: nn.Module, state: AdapterState, name: str) -> Tensor:
     """What one adapter adds to the loss."""
     config: Any = state.configs[name]
-    norms = []
-    for layer in layers(model):
-        if name in layer.variants and layer.variants[name].mergeable:
-            A, B = layer.lora_A[name], layer.lora_B[name]
-            norms += [distance_from_one(A @ A.T), distance_from_one(B.T @ B)]
+    norms: list[Tensor] = []
+    for layer in adapted(model, name):
+        A, B = layer.lora_A[name], layer.lora_B[name]
+        norms += [distance_from_one(A @ A.T), distance_from_one(B.T @ B)]
     mean = torch.stack([norm.to(norms[0].device) for norm in norms]).mean()
     return mean * float(config.orth_reg_weight)
+
+
+def adapted(model: nn.Module, name: str) -> Iterator[AdapterLayer]:
+    """The layers that have this adapter, whole modules aside."""
+    return (layer for layer in layers(model) if name in layer.variants and layer.variants[name].mergeable)
 
 
 def distance_from_one(gram: Tensor) -> Tensor:
@@ -171,29 +182,33 @@ def distance_from_one(gram: Tensor) -> Tensor:
 def after_forward(model: nn.Module, state: AdapterState, name: str, output: Any) -> Any:
     """Add the regularisation to the loss in a model's output, if there is one."""
     config: Any = state.configs[name]
+    loss = getattr(output, "loss", None)
+    if not state.wants_grad(name):
+        return output
     if not torch.compiler.is_compiling():
         notice_steps(model, state, name)
-    loss = getattr(output, "loss", None)
-    if isinstance(loss, Tensor) and config.orth_reg_weight and state.wants_grad(name):
+    if isinstance(loss, Tensor) and config.orth_reg_weight:
         output.loss = loss + penalty(model, state, name).to(loss)
     return output
 
 
 def notice_steps(model: nn.Module, state: AdapterState, name: str) -> None:
-    """Warn, once, when optimizer steps change E and nobody calls `update_and_allocate`."""
+    """Warn, once, when optimizer steps change E past `tinit` and nobody calls `update_and_allocate`."""
     memory: Allocation = state.memory.setdefault(name, Allocation())
-    config: Any = state.configs[name]
-    if memory.updates or memory.steps < 0:
+    if not memory.is_watched:
         return
-    E = next(layer for layer in layers(model) if name in layer.variants and layer.variants[name].mergeable).lora_E[name]
-    memory.steps += memory.version is not None and memory.version != E._version
-    memory.version = E._version
-    if memory.steps > max(config.tinit, 1):
-        memory.steps = -1
-        warnings.warn(
-            f"AdaLoRA adapter `{name}` trains without allocating ranks: `tinit` is `{config.tinit}` and "
-            "`update_and_allocate` was not called yet. Call `peftlite.update_and_allocate(model, step)` after every "
-            "`optimizer.step()`, or give transformers' Trainer an `AdaLoraCallback`.",
-            PeftliteWarning,
-            stacklevel=2,
-        )
+    config: Any = state.configs[name]
+    E: Tensor = next(adapted(model, name)).lora_E[name].detach()
+    if memory.watch is None or memory.watch.seen.device != E.device or memory.watch.seen.shape != E.shape:
+        memory.watch = Watch(E.clone(), torch.zeros((), dtype=torch.long, device=E.device))
+    most = max(config.tinit, 1)
+    if memory.watch.steps(E, most) <= most:
+        return
+    memory.is_watched = False
+    warnings.warn(
+        f"AdaLoRA adapter `{name}` trains without allocating ranks: `tinit` is `{config.tinit}` and "
+        "`update_and_allocate` was not called yet. Call `peftlite.update_and_allocate(model, step)` after every "
+        "`optimizer.step()`, or give transformers' Trainer an `AdaLoraCallback`.",
+        PeftliteWarning,
+        stacklevel=2,
+    )

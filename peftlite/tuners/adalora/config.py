@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 from peftlite.checks import check_int, check_number, check_pattern, show, wrong
 from peftlite.config import PeftType, register_config
@@ -101,13 +101,9 @@ class AdaLoraConfig(LoraConfig):
         left = 1 - (step - self.tinit) / (self.last_allocation - self.tinit)
         return int((full - target) * left**3 + target)
 
-    def mask_for(self, path: str) -> list[bool] | None:
-        """Which of the first triplets the layer at this path has left; None while that is not decided."""
-        return (self.rank_pattern or {}).get(pattern_key(path))
-
     def rank_for(self, path: str) -> int:
         """How many triplets the layer at this path is made with."""
-        mask = self.mask_for(path)
+        mask = (self.rank_pattern or {}).get(pattern_key(path))
         return self.init_r if mask is None else sum(mask)
 
 

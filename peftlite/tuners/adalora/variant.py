@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from peftlite.config import PeftType
 from peftlite.core.hosts import ALL_ROWS, ConvHost, Host, LinearHost, widened
 from peftlite.core.slots import ModuleSlot, Slot, View
+from peftlite.core.state import AdapterState
 from peftlite.core.variant import Additive, FileForm, Placement, TunerSpec, register
-from peftlite.tuners.adalora.allocation import after_forward
-from peftlite.tuners.adalora.config import AdaLoraConfig
+from peftlite.tuners.adalora.allocation import Allocation, after_forward
+from peftlite.tuners.adalora.config import AdaLoraConfig, pattern_key
 from peftlite.tuners.fields import note_storage
 
 EPSILON: Final = 1e-5
@@ -70,26 +71,29 @@ class AdaLora(Additive):
         return y
 
 
-def cut(config: AdaLoraConfig, path: str, suffix: str, tensor: Tensor) -> Tensor:
-    """What is in a file of a tensor whose layer's triplets have been chosen: those that are left."""
-    mask, dim = config.mask_for(path), int(suffix == "lora_B")
+def cut(memory: Allocation | None, path: str, suffix: str, tensor: Tensor) -> Tensor:
+    """What a file has of a layer's tensor: the triplets that the last allocation left."""
+    mask, dim = None if memory is None else memory.kept.get(pattern_key(path)), int(suffix == "lora_B")
     if mask is None or not suffix.startswith("lora_") or len(mask) != tensor.shape[dim]:
         return tensor
     return tensor.index_select(dim, torch.tensor(mask).nonzero().flatten().to(tensor.device))
 
 
 def uncut(config: AdaLoraConfig, path: str, suffix: str, tensor: Tensor) -> Tensor:
-    """The inverse of `cut`, with zeros for triplets that are gone."""
-    mask, dim = config.mask_for(path), int(suffix == "lora_B")
+    """The inverse of `cut` for a layer that has all triplets: zeros for those that are gone."""
+    mask, dim = (config.rank_pattern or {}).get(pattern_key(path)), int(suffix == "lora_B")
     if mask is None or not suffix.startswith("lora_") or sum(mask) != tensor.shape[dim]:
         return tensor
     full = tensor.new_zeros([len(mask) if side == dim else size for side, size in enumerate(tensor.shape)])
     return full.index_copy(dim, torch.tensor(mask).nonzero().flatten().to(tensor.device), tensor)
 
 
-def adopt(own: AdaLoraConfig, files: AdaLoraConfig) -> None:
+def adopt(state: AdapterState, name: str, config: AdaLoraConfig) -> None:
     """An adapter that is given a file's tensors has its triplets chosen where those were."""
-    own.rank_pattern = files.rank_pattern
+    own: Any = state.configs[name]
+    own.rank_pattern = config.rank_pattern
+    if config.rank_pattern is not None:
+        state.memory[name] = Allocation(kept=config.rank_pattern)
 
 
 _ADALORA = AdaLora()
