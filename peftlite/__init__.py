@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         get_model_status,
         print_trainable_parameters,
     )
+    from peftlite.integrations.quantised.training import prepare_model_for_kbit_training
     from peftlite.model import (
         PeftModel,
         PeftModelForCausalLM,
@@ -116,6 +117,7 @@ __all__ = [
     "orthogonal_regularisation",
     "overlay",
     "plan",
+    "prepare_model_for_kbit_training",
     "print_trainable_parameters",
     "save_adapter",
     "save_as_lora",
@@ -161,6 +163,7 @@ _HOMES = {
         "get_model_status",
         "print_trainable_parameters",
     ),
+    "peftlite.integrations.quantised.training": ("prepare_model_for_kbit_training",),
     "peftlite.model": (
         "PeftModel",
         "PeftModelForCausalLM",

@@ -93,10 +93,18 @@ class Wrapper(Shell):
         lifecycle.unmerge_adapter(self, adapter_names)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        dequantize: bool = False,
     ) -> nn.Module:
-        """Merge adapters (default: the active ones) for good and give back the base model, without adapter layers."""
-        return lifecycle.merge_and_unload(self, progressbar, safe_merge, adapter_names)
+        """Merge adapters (default: the active ones) for good and give back the base model, without adapter layers.
+
+        With `dequantize`, quantised layers become dense ones; see `peftlite.merge_and_unload`.
+        """
+        return lifecycle.merge_and_unload(self, progressbar, safe_merge, adapter_names, dequantize=dequantize)
 
     def unload(self) -> nn.Module:
         """Give back the base model as it was, without adapter layers."""

@@ -9,10 +9,13 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-from torch import nn
+from torch import Tensor, nn
 from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
+
+from peftlite.core.hosts import host_for
+from peftlite.core.packed import PackedHost
 
 Quantise = Callable[[nn.Linear], nn.Module]
 
@@ -91,3 +94,50 @@ def quantise_linears(model: nn.Module, kind: str, leave: tuple[str, ...] = ("lm_
         if type(module) is nn.Linear and name not in leave:
             setattr(model.get_submodule(parent), name, QUANTISED[kind](module))
     return model
+
+
+def shake(model: nn.Module, scale: float = 0.1) -> None:
+    """Random weights for the adapters, the same for every model with adapters in the same places."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def held_by(value: Any, seen: set[int] | None = None) -> list[Tensor]:
+    """Copies of all tensors that a layer's packed weight consists of."""
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, (nn.Module, type)):
+        return []
+    seen.add(id(value))
+    parts: list[Any] = []
+    if isinstance(value, (tuple, list)):
+        parts = list(value)
+    elif isinstance(value, dict):
+        parts = list(value.values())
+    elif hasattr(value, "__dict__"):
+        parts = list(vars(value).values())
+    if type(value) is Tensor or type(value) is nn.Parameter or type(value).__name__ in ("Params4bit", "Int8Params"):
+        parts = [*parts, value.data] if type(value) is not Tensor else []
+    own = [value.clone()] if type(value) is Tensor else []
+    return own + [tensor for part in parts for tensor in held_by(part, seen)]
+
+
+def bytes_of(model: nn.Module) -> list[Tensor]:
+    found = []
+    for module in model.modules():
+        host = host_for(module)
+        if isinstance(host, PackedHost):
+            found += held_by(host.held()) + ([] if host.bias is None else [host.bias.detach().clone()])
+    assert found
+    return found
+
+
+def same(ones: list[Tensor], others: list[Tensor]) -> bool:
+    return len(ones) == len(others) and all(map(torch.equal, ones, others))
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    one, other = one.detach().float(), other.detach().float()
+    return float((one - other).norm() / other.norm())

@@ -45,6 +45,9 @@ class ModelFacts:
     vocab_size: int | None = None
     default_targets: Callable[[PeftConfig], None] | None = None
     """Fills in those fields of a config that name modules and are None, with what is usual for this type of model."""
+    unloaded: Callable[[bool], None] | None = None
+    """Called when adapters have been taken out: what the library notes of the model follows its weights, which may be
+    tied no more, or (the argument) no more quantised."""
 
 
 _FACTS: list[Callable[[nn.Module], ModelFacts | None]] = []

@@ -13,6 +13,7 @@ from torch import nn
 
 from peftlite.core.binding import activate, check_exclusive, number, plan_programs, rebind, sync
 from peftlite.core.call import Call, current, using
+from peftlite.core.inject import facts_of
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.outputs import detach
 from peftlite.core.packed import warn_of_rounding
@@ -20,6 +21,7 @@ from peftlite.core.rows import RowsCall, check_rows
 from peftlite.core.slots import View
 from peftlite.core.state import BASE, AdapterState, bias_of
 from peftlite.core.tree import base_model_of, check_one_state, find_state, layer_places, layers, named_layers
+from peftlite.core.unpacking import put_back, unpack
 from peftlite.errors import MergeError, NoAdapterError, PeftliteWarning, StateError
 
 
@@ -244,20 +246,34 @@ def check_mergeable(model: nn.Module, names: Sequence[str]) -> None:
 
 # ---- leaving
 def merge_and_unload(
-    model: nn.Module, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    model: nn.Module,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: Sequence[str] | None = None,
+    *,
+    dequantize: bool = False,
 ) -> nn.Module:
     """Merge adapters (default: the active ones) for good and give back the base model, without adapter layers.
 
     Modules trained whole (`modules_to_save`) take the place of the originals. No copy of the base weights is kept.
+    Quantised layers are quantised anew, with a warning that says how much they lose by it; with `dequantize` all
+    quantised layers of the model become dense ones, in the dtype of the rest of the model.
 
     Raises: MergeError, AdapterNameError, NoAdapterError.
     """
     state = state_of(model)
     names = state.active if adapter_names is None else state.checked(adapter_names)
     check_exclusive(model, names)
-    remerge(model, lambda layer: [n for n in layer.merged_adapters if n in names])
-    merge_layers(model, names, safe_merge)
-    return take_out(model, names)
+    remerge(
+        model, lambda layer: [n for n in layer.merged_adapters if n in names and not (dequantize and layer.host.packed)]
+    )
+    swaps = unpack(model) if dequantize else []
+    try:
+        merge_layers(model, names, safe_merge)
+    except BaseException:
+        put_back(swaps)
+        raise
+    return take_out(model, names, bool(swaps))
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -270,7 +286,7 @@ def unload(model: nn.Module) -> nn.Module:
     return take_out(model, ())
 
 
-def take_out(model: nn.Module, names: Sequence[str]) -> nn.Module:
+def take_out(model: nn.Module, names: Sequence[str], dequantised: bool = False) -> nn.Module:
     """Replace every adapter layer by its base layer, with what is merged, or by the module that stands in for it."""
     base = base_model_of(model)
     kept: dict[int, nn.Module] = {}
@@ -279,6 +295,9 @@ def take_out(model: nn.Module, names: Sequence[str]) -> nn.Module:
             remains = kept.setdefault(id(place.module), outcome(place.module, names))
             place.parent._modules[place.child] = remains
     detach(base)
+    unloaded = facts_of(base).unloaded
+    if unloaded is not None:
+        unloaded(dequantised)
     return base
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class PackedHost(Host):
     """
 
     packed = True
+    takes_any_dtype: ClassVar[bool] = False
+    """Whether the layer converts inputs to the dtype that it computes in."""
 
     # ---- what a back end says
     def held(self) -> Any:

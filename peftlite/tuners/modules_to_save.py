@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftlite.config import TaskType
-from peftlite.core.hosts import Host
-from peftlite.core.slots import ModuleSlot, Slot, View
+from peftlite.core.hosts import Host, host_for
+from peftlite.core.slots import ModuleSlot, Slot, View, is_floating
 from peftlite.core.variant import Companion, Placement, Program, TunerSpec, Variant, register_companion
 
 TASK_HEADS: dict[str, tuple[str, ...]] = {
@@ -25,6 +25,13 @@ class ModulesToSave(Variant):
 
     mergeable = False
     exclusive = True
+
+    def check(self, host: Host, config: Any, path: str) -> str | None:
+        frozen = next((p for p in host.layer.parameters() if not is_floating(p)), None)
+        packed = host_for(host.layer)
+        if frozen is None and not (packed is not None and packed.packed):
+            return None
+        return "it is quantised, and numbers that are not floating-point cannot be trained"
 
     def init(self, host: Host, at: Placement) -> dict[str, Any]:
         copied = without_memory if at.device.type == "meta" else copy.deepcopy

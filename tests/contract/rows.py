@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peftlite
-from peftlite import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig
+from peftlite import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig
 from peftlite.core.tree import layers
+from tests.quantised import QUANTISED
 
 IN, OUT, BATCH, LENGTH, VOCAB = 12, 10, 3, 5, 20
+WIDE = 64  # quantised in blocks
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,17 @@ class Kind:
     make: Callable[[], nn.Module]
     feed: Callable[[torch.dtype], Tensor]
     width: int = OUT
+    quantised: str = ""
+    """How the layer is quantised, a key of `QUANTISED`."""
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
 
 
 def vectors(dtype: torch.dtype) -> Tensor:
     return torch.randn(BATCH, LENGTH, IN).to(dtype)
+
+
+def wide_vectors(dtype: torch.dtype) -> Tensor:
+    return torch.randn(BATCH, LENGTH, WIDE).to(dtype)
 
 
 def ids(dtype: torch.dtype) -> Tensor:
@@ -47,6 +56,17 @@ KINDS: dict[str, Kind] = {
     "conv2d-groups": Kind(lambda: nn.Conv2d(IN, OUT, 3, groups=2), images(2), 0),
     "conv3d": Kind(lambda: nn.Conv3d(IN, OUT, (1, 2, 3), bias=False), images(3), 0),
     "embedding": Kind(lambda: nn.Embedding(VOCAB, OUT), ids),
+    **{
+        kind: Kind(lambda: nn.Linear(WIDE, WIDE // 2), wide_vectors, WIDE // 2, kind, dtypes)
+        for kind, dtypes in {
+            "linear4bit-nf4": ("fp32", "bf16"),
+            "linear4bit-fp4-double": ("bf16",),
+            "linear8bit": ("fp32",),
+            "torchao-int8": ("bf16",),
+            "torchao-int4": ("fp32",),
+            "hqq": ("bf16",),
+        }.items()
+    },
 }
 
 Make = Callable[..., peftlite.PeftConfig]
@@ -87,6 +107,8 @@ TUNERS: dict[str, Make] = {
     "lora-bdlora-B": lora(use_bdlora={"target_modules_bd_b": ["layer"], "nblocks": 2}, lora_dropout=0.3),
     "lora-qalora": lora(use_qalora=True, qalora_group_size=4),
     "lora-dora-pissa": lora(init_lora_weights="pissa_niter_2", use_dora=True),
+    "adalora": of(AdaLoraConfig, init_r=4, target_r=2, total_step=10),
+    "adalora-dropout": of(AdaLoraConfig, init_r=3, target_r=2, total_step=10, lora_dropout=0.2, lora_alpha=0),
     "ia3": ia3(feedforward=False),
     "ia3-feedforward": ia3(feedforward=True),
     "loha": of(LoHaConfig, r=2),
@@ -149,12 +171,20 @@ class Case:
     def mergeable(self) -> bool:
         return (self.tuner, self.kind) not in UNMERGEABLE
 
+    @property
+    def quantised(self) -> bool:
+        return bool(KINDS[self.kind].quantised)
+
     def config(self, **fields: Any) -> peftlite.PeftConfig:
         return TUNERS[self.tuner](**fields)
 
     def base(self) -> Holder:
         torch.manual_seed(1)
-        return Holder(KINDS[self.kind]).to(DTYPES[self.dtype]).eval()
+        kind = KINDS[self.kind]
+        model = Holder(kind).to(DTYPES[self.dtype]).eval()
+        if kind.quantised and isinstance(model.layer, nn.Linear):
+            model.layer = QUANTISED[kind.quantised](model.layer)
+        return model
 
     def feed(self, seed: int = 2) -> Tensor:
         torch.manual_seed(seed)
@@ -206,4 +236,4 @@ def cases(*, unsupported: bool = False) -> Iterator[Case]:
     for tuner in TUNERS:
         for kind in KINDS:
             if ((tuner, kind) in UNSUPPORTED) is unsupported:
-                yield from (Case(tuner, kind, dtype) for dtype in DTYPES)
+                yield from (Case(tuner, kind, dtype) for dtype in KINDS[kind].dtypes)

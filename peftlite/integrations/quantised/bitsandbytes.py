@@ -24,6 +24,7 @@ class Linear4bitHost(PackedHost, LinearHost):
     """
 
     label = "Linear4bit"
+    takes_any_dtype = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,15 +46,24 @@ class Linear4bitHost(PackedHost, LinearHost):
         if like.quant_state is None:
             raise MergeError("A Linear4bit is quantised when it is moved to its device: do that before merging.")
         _, state = in_common_format(like)
-        made = copy.copy(like)
-        made.data, made.quant_state = functional().quantize_4bit(
+        data, new_state = functional().quantize_4bit(
             weight.to(original_dtype(like.quant_state)),
             blocksize=state.blocksize,
             quant_type=state.quant_type,
             compress_statistics=state.nested or (is_repacked(like.quant_state) and like.quant_state.original_nested),
             quant_storage=like.quant_storage,
         )
-        return made
+        return parameters("Params4bit")(
+            data,
+            requires_grad=False,
+            quant_state=new_state,
+            blocksize=like.blocksize,
+            compress_statistics=like.compress_statistics,
+            quant_type=like.quant_type,
+            quant_storage=like.quant_storage,
+            module=self.layer,
+            bnb_quantized=True,
+        )
 
 
 def in_common_format(packed: Any) -> tuple[Tensor, Any]:
@@ -88,6 +98,7 @@ class Linear8bitHost(PackedHost, LinearHost):
     """
 
     label = "Linear8bitLt"
+    takes_any_dtype = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,7 +117,7 @@ class Linear8bitHost(PackedHost, LinearHost):
         layer: Any = self.layer
         in_state = layer.weight.CB is None
         codes, scales = packed
-        layer.weight = type(layer.weight)(codes, requires_grad=False, has_fp16_weights=False)
+        layer.weight = parameters("Int8Params")(codes, requires_grad=False, has_fp16_weights=False)
         home = layer.state if in_state else layer.weight
         home.CB, home.SCB = codes, scales
 
@@ -138,6 +149,11 @@ class Embedding8bitHost(Host):
 def functional() -> Any:
     """`bitsandbytes.functional`, imported long since by whoever made a layer of bitsandbytes."""
     return import_module("bitsandbytes.functional")
+
+
+def parameters(name: str) -> Any:
+    """A class of parameters, not taken from a layer: pickling makes plain ones with the same attributes of them."""
+    return getattr(import_module("bitsandbytes.nn"), name)
 
 
 def patch(modules: ModuleType) -> None:

@@ -57,6 +57,8 @@ class HqqHost(PackedHost, LinearHost):
 
     def moved(self, packed: PackedHqq) -> PackedHqq:
         codes, meta = packed
+        if codes.device == self.device:
+            return packed
         return nn.Parameter(codes.to(self.device), requires_grad=False), {
             key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in meta.items()
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import singledispatch
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -252,6 +252,15 @@ def _(host: ParamHost, a: View, rows: slice) -> Tensor:
         return (B if rows == ALL_ROWS else B[rows]) @ A
     experts = host.shape[0]  # expert slowest in A (experts r, in), fastest in B (out, r experts)
     return B.view(B.shape[0], -1, experts).permute(2, 0, 1) @ A.view(experts, -1, A.shape[1])
+
+
+IN_FORWARD: Final = (pair, outer, entering, drops, low_rank, along_output, bias_of_B)
+
+
+def known_to_forward(host: Host) -> None:
+    """Look up once what forward asks about this kind of host: a first look-up while compiling would compile twice."""
+    for question in IN_FORWARD:
+        question.dispatch(type(host))
 
 
 def groups_of(host: Host) -> int:

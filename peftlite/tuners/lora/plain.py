@@ -17,6 +17,7 @@ from peftlite.tuners.lora.factors import (
     entering,
     entries,
     factors,
+    known_to_forward,
     low_rank,
     not_expressible,
     outer,
@@ -38,6 +39,7 @@ class Lora(Additive):
     def init(self, host: Host, at: Placement) -> dict[str, Any]:
         config: LoraConfig = at.config
         site = config.for_site(at.path)
+        known_to_forward(host)
         return {
             **factors(host, site.r, at),
             "lora_dropout": nn.Dropout(site.dropout) if site.dropout else nn.Identity(),
