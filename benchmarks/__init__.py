@@ -1,0 +1,1 @@
+"""peftlite beside real PEFT, in one process, on the same weights: `python -m benchmarks`."""
