@@ -153,6 +153,15 @@ def test_a_target_above_what_there_is_takes_nothing_away() -> None:
     assert all(all(mask) and len(mask) == 4 for mask in run.pattern.values())
 
 
+@pytest.mark.parametrize("seen", [0, 4], ids=["nothing learned", "something learned"])
+def test_a_last_allocation_that_was_missed_is_made_up_for(seen: int) -> None:
+    """Steps counted from 0, or a training that was resumed: PEFT never allocates for the last time then."""
+    run = Run.of("in place").train(seen).train(11, first=11)
+    assert sum(map(sum, run.pattern.values())) == 2 * 6
+    pattern = run.pattern
+    assert run.train(12, first=12).pattern == pattern
+
+
 def test_parameters_without_gradients_have_no_importance() -> None:
     model = peftlite.inject_adapter_in_model(config(), tiny("llama"))
     unused = model.model.layers[1].mlp.down_proj

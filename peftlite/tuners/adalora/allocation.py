@@ -86,7 +86,8 @@ def update_and_allocate(model: nn.Module, global_step: int) -> None:
         for slot in FACTORS
     }
     memory: Allocation = state.memory.setdefault(name, Allocation())
-    if global_step < config.last_allocation:
+    is_last = global_step == config.last_allocation or (global_step > config.last_allocation and not memory.kept)
+    if global_step < config.last_allocation or (is_last and not memory.importance):
         if all(parameter.grad is None for parameter in parameters.values()):
             raise StateError(
                 "There are no gradients: call `update_and_allocate` after `optimizer.step()` and before "
@@ -97,10 +98,10 @@ def update_and_allocate(model: nn.Module, global_step: int) -> None:
     memory.is_watched = False
     numbers = {path: parameter for (path, slot), parameter in parameters.items() if slot == "lora_E"}
     masks = memory.kept
-    if config.allocates_at(global_step):
+    if is_last or config.allocates_at(global_step):
         full = sum(map(len, numbers.values()))
         masks = chosen(memory, list(numbers), full - config.budget(global_step, full, config.target_r * len(numbers)))
-    if global_step == config.last_allocation:
+    if is_last:
         memory.kept, memory.importance, memory.uncertainty = masks, {}, {}
         config.rank_pattern = joined(config, masks)
     for path, E in numbers.items():

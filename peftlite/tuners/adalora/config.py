@@ -93,12 +93,12 @@ class AdaLoraConfig(LoraConfig):
         return int(self.total_step or 0) - self.tfinal
 
     def allocates_at(self, step: int) -> bool:
-        """Whether triplets are chosen anew at this step."""
-        return step == self.last_allocation or (self.tinit < step < self.last_allocation and step % self.deltaT == 0)
+        """Whether triplets are chosen anew at this step, before the last time."""
+        return self.tinit < step < self.last_allocation and step % self.deltaT == 0
 
     def budget(self, step: int, full: int, target: int) -> int:
         """How many of a model's `full` triplets are left after choosing at this step: falls cubically to `target`."""
-        left = 1 - (step - self.tinit) / (self.last_allocation - self.tinit)
+        left = 1 - (min(step, self.last_allocation) - self.tinit) / (self.last_allocation - self.tinit)
         return int((full - target) * left**3 + target)
 
     def rank_for(self, path: str) -> int:
