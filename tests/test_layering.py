@@ -37,6 +37,7 @@ CORE = (
     "variant",
     "call",
     "rows",
+    "scaling",
     "merging",
     "layer",
     "targets",

@@ -18,7 +18,7 @@ from peftlite.checkpoint.files import read_adapter, write_adapter
 from peftlite.checkpoint.forms import AsOnLayers
 from peftlite.checkpoint.hub import resolve
 from peftlite.checkpoint.keys import shown, with_prefix, without_prefix
-from peftlite.checkpoint.report import LoadReport
+from peftlite.checkpoint.report import LoadReport, Strict
 from peftlite.checkpoint.spots import spots
 from peftlite.checkpoint.state_dict import Staged, adapter_tensors, apply, bare, check_unmerged, stage
 from peftlite.checkpoint.targets import Blueprint, Targets, live_targets
@@ -120,7 +120,7 @@ def load_adapter(
     config: PeftConfig | None = None,
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
-    strict: bool = True,
+    strict: Strict = True,
     torch_device: str | torch.device | None = None,
     key_mapping: Mapping[str, str] | None = None,
     hub: HubOptions | None = None,
@@ -138,7 +138,8 @@ def load_adapter(
         config: in place of the one in the file.
         autocast_adapter_dtype: keep adapters in fp32 on a base in half precision.
         low_cpu_mem_usage: no tensor is made before it is loaded anyway, so this changes nothing.
-        strict: False leaves out whatever does not fit, with a warning, and says in the report what that was.
+        strict: False leaves out whatever does not fit, with a warning, and says in the report what that was; "shapes"
+            accepts that tensors are missing or unexpected, and no more.
         torch_device: where the adapter's tensors go; by default, to the layers that they are for.
         key_mapping: regular expression -> replacement, for keys (without `base_model.model.`) of other libraries; the
             first that is found in a key counts.
@@ -201,7 +202,7 @@ class Loader:
     """One load: a model, the name and config of the adapter, and its tensors."""
 
     def __init__(
-        self, model: nn.Module, name: str, config: PeftConfig, source: TensorSource, what: str, strict: bool
+        self, model: nn.Module, name: str, config: PeftConfig, source: TensorSource, what: str, strict: Strict
     ) -> None:
         self.model, self.base = model, base_model_of(model)
         self.name, self.config, self.source, self.what, self.strict = name, config, source, what, strict

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,9 @@ from peftlite.checkpoint.tensorfile import TensorInfo
 from peftlite.errors import CheckpointError, PeftliteWarning
 
 _LISTED = 3
+
+Strict = bool | Literal["shapes"]
+"""Whether all of a load must fit. "shapes": only what is there must have the right shapes and kinds of dtype."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def settle(
-    report: LoadReport, what: str, *, strict: bool = True, other_shapes: bool = False, stacklevel: int = 3
+    report: LoadReport, what: str, *, strict: Strict = True, other_shapes: bool = False, stacklevel: int = 3
 ) -> None:
     """Raise if a report has problems, or warn where they were asked to be tolerated.
 
@@ -191,6 +195,7 @@ def settle(
         return
     shapes = len(report.mismatched_keys)
     tolerated = not strict or (other_shapes and sum(map(len, report._problems())) == shapes)
+    tolerated = tolerated or (strict == "shapes" and not report.mismatched_keys and not report.wrong_kind_keys)
     if not tolerated:
         raise CheckpointError(f"{what} does not fit: {report} Nothing was changed.")
     warnings.warn(f"{what} does not fit, and was loaded as far as it does: {report}", PeftliteWarning, stacklevel)

@@ -13,7 +13,7 @@ from peftlite.checkpoint import hub
 from peftlite.checkpoint.files import read_json
 from peftlite.checkpoint.forms import AsOnLayers, as_in_files
 from peftlite.checkpoint.keys import PREFIX, file_key, nearest_keys, shown, unwrapped, without_prefix
-from peftlite.checkpoint.report import LoadReport, compare, settle
+from peftlite.checkpoint.report import LoadReport, Strict, compare, settle
 from peftlite.checkpoint.spots import Spot, is_companion, spots
 from peftlite.checkpoint.targets import (
     BaseTarget,
@@ -192,7 +192,7 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
     *,
-    strict: bool = True,
+    strict: Strict = True,
 ) -> LoadReport:
     """Give an adapter of `model` these tensors; all of them, or none if anything is wrong.
 
@@ -203,7 +203,8 @@ def set_peft_model_state_dict(
         ignore_mismatched_sizes: leave out tensors of another shape, with a warning.
         low_cpu_mem_usage: tensors without memory, of an adapter added with `low_cpu_mem_usage`, are replaced, and
             others written in place, so this changes nothing.
-        strict: False leaves out whatever does not fit, with a warning.
+        strict: False leaves out whatever does not fit, with a warning; "shapes" accepts that tensors are missing or
+            unexpected, and no more.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, of another shape or kind, or not finite.
@@ -258,7 +259,7 @@ def stage(
     name: str,
     what: str,
     *,
-    strict: bool = True,
+    strict: Strict = True,
     other_shapes: bool = False,
     stacklevel: int = 4,
 ) -> tuple[LoadReport, Staged]:
@@ -270,8 +271,10 @@ def stage(
     """
     wanted = targets.wanted
     report = compare(wanted, source.infos, name, targets.slots, targets.ignored)
-    if strict:
-        settle(report, what, other_shapes=other_shapes, stacklevel=stacklevel)
+    if strict == "shapes" and other_shapes:
+        strict = False
+    if strict is True or (strict and (report.mismatched_keys or report.wrong_kind_keys)):
+        settle(report, what, strict=strict, other_shapes=other_shapes, stacklevel=stacklevel)
     staged: Staged = []
     for key in report.loaded_keys:
         target = targets.places[key]
@@ -280,7 +283,7 @@ def stage(
             report.not_finite_keys.append(key)
         target.check(tensor)
         staged.append((target, tensor))
-    if not strict or report.not_finite_keys:
+    if strict is not True or report.not_finite_keys:
         settle(report, what, strict=strict, stacklevel=stacklevel)
     return report, staged
 

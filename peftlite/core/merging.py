@@ -10,21 +10,21 @@ from torch import nn
 
 from peftlite.core.hosts import ALL_ROWS, Dense, Host, ModuleHost, ParamHost, Saved, host_for, widened
 from peftlite.core.packed import rounding_error, warn_of_rounding
+from peftlite.core.scaling import ScalingLayer
 from peftlite.core.slots import View
 from peftlite.core.state import AdapterState
-from peftlite.core.variant import TunerSpec, Variant
+from peftlite.core.variant import Variant
 from peftlite.errors import MergeError
 
 _BLOCK = 1 << 18  # elements merged at a time: temporaries stay in cache, and small beside the weight
 
 
-class MergingLayer(nn.Module):
+class MergingLayer(ScalingLayer):
     """The side of an adapter layer that faces its base layer: what that is, what is in use, what is in its weight.
 
     `_saved` has the base layer's own bytes while anything is merged.
     """
 
-    tuner: TunerSpec
     state: AdapterState
     param: str | None
     variants: dict[str, Variant]
@@ -110,6 +110,14 @@ class MergingLayer(nn.Module):
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Take adapters (default: all) out of the base layer's weight again, bit for bit."""
         self.set_merged([n for n in self.merged_adapters if adapter_names is not None and n not in adapter_names])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from this layer alone; the model still lists it, for its other layers."""
+        self.remove(adapter_name)
+
+    def remove(self, name: str) -> None:
+        """Detach an adapter."""
+        raise NotImplementedError(type(self).__name__)
 
     def mergeable(self, names: Sequence[str]) -> list[str]:
         """Those of `names` that this layer has and can merge."""

@@ -23,7 +23,7 @@ from peftlite.base_tuner import (
 from peftlite.checkpoint import adapters, hub
 from peftlite.checkpoint.card import write_card
 from peftlite.checkpoint.files import read_config
-from peftlite.checkpoint.report import LoadReport
+from peftlite.checkpoint.report import LoadReport, Strict
 from peftlite.config import PeftConfig, PeftType, TaskType
 from peftlite.core import lifecycle, status
 from peftlite.core.inject import check_config, inject
@@ -209,7 +209,7 @@ class PeftModel(Wrapper):
         key_mapping: Mapping[str, str] | None = None,
         *,
         torch_device: str | torch.device | None = None,
-        strict: bool = True,
+        strict: Strict = True,
         **hub_options: Any,
     ) -> PeftModel:
         """Load an adapter into `model`, in place, and wrap it in the class that belongs to the adapter's task.
@@ -225,7 +225,8 @@ class PeftModel(Wrapper):
             low_cpu_mem_usage: no tensor is made before it is loaded anyway, so this changes nothing.
             key_mapping: regular expression -> replacement, for keys of other libraries' files.
             torch_device: where the adapter's tensors go; by default, to the layers that they are for.
-            strict: False leaves out whatever does not fit, with a warning.
+            strict: False leaves out whatever does not fit, with a warning; "shapes" accepts that tensors are missing
+                or unexpected, and no more.
             **hub_options: subfolder, revision, token, cache_dir, local_files_only, force_download.
 
         Raises: StateError if `model` has adapters, and what `peftlite.load_adapter` raises; nothing is changed then.
@@ -262,7 +263,7 @@ class PeftModel(Wrapper):
         key_mapping: Mapping[str, str] | None = None,
         *,
         config: PeftConfig | None = None,
-        strict: bool = True,
+        strict: Strict = True,
         **hub_options: Any,
     ) -> LoadReport:
         """Load another adapter of the same kind; `set_adapter` makes it the active one.

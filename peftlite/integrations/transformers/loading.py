@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftlite.checkpoint import adapters
 from peftlite.checkpoint.hub import HubOptions
 from peftlite.checkpoint.keys import with_prefix
-from peftlite.checkpoint.report import LoadReport
+from peftlite.checkpoint.report import LoadReport, Strict
 from peftlite.checkpoint.tensorfile import MemoryTensors
 from peftlite.config import PeftConfig, config_from_dict
 from peftlite.core import lifecycle
@@ -34,18 +34,19 @@ class Request:
     tensors: Mapping[str, Tensor] | None
     trainable: bool
     hotswap: bool | str
-    strict: bool
+    strict: Strict
     options: HubOptions
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Request:
-        """The request of a call with these arguments, by name.
+    def of(cls, given: Mapping[str, Any], *, strict: Strict = True) -> Request:
+        """The request of a call with these arguments, by name; `strict`, unless they say that shapes may differ.
 
         Raises: ConfigError for arguments that do not go together or that nobody knows.
         """
         extra: Mapping[str, Any] = given.get("kwargs", {})
         base = given.get("load_config")  # of the base model, when this is part of a `from_pretrained`
         config = given.get("peft_config")
+        any_shape = extra.get("ignore_mismatched_sizes") or getattr(base, "ignore_mismatched_sizes", False)
         request = cls(
             source=given.get("peft_model_id")
             or extra.get("pretrained_model_name_or_path")
@@ -55,7 +56,7 @@ class Request:
             tensors=given.get("adapter_state_dict"),
             trainable=bool(given.get("is_trainable", False)),
             hotswap=given.get("hotswap", "auto"),
-            strict=not (extra.get("ignore_mismatched_sizes") or getattr(base, "ignore_mismatched_sizes", False)),
+            strict=False if any_shape else strict,
             options=hub_options(given, extra, base),
         )
         if request.source is None and (request.config is None or request.tensors is None):
