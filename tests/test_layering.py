@@ -48,6 +48,7 @@ CORE = (
     "unpacking",
     "binding",
     "outputs",
+    "inputs",
     "inject",
     "lifecycle",
     "overlay",

@@ -16,11 +16,13 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch import Tensor
 
 from peftlite.core.state import AdapterState
 from peftlite.core.variant import Program
@@ -56,6 +58,15 @@ class Call:
         """What a layer's forward is under this Call."""
         return self.programs[layer.place](*args, **kwargs)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that it uses."""
+        return self.names
+
+    def rows_of(self, name: str) -> Tensor | None:
+        """Which rows of the batch use an adapter, in the order in which its layers see them; None for all."""
+        return None
+
     def of(self, state: AdapterState) -> Call | None:
         """The innermost enclosing Call that is about the model of `state`."""
         call: Call | None = self
@@ -76,25 +87,41 @@ def current() -> Call | None:
 @contextmanager
 def using(call: Call) -> Iterator[Call]:
     """Everything that this thread or task calls inside the block runs under `call`."""
-    mirrored = _mirror.call
-    if torch.compiler.is_compiling():  # entered inside a compiled region, where a ContextVar cannot be traced
-        _mirror.call = call
-        try:
-            yield call
-        finally:
-            _mirror.call = mirrored
-        return
-    token = _variable.set(call)
-    _mirror.call = call
-    log = _log() if torch.is_grad_enabled() else None
-    entry = log.open(call) if log is not None else None
+    before = begin(call)
     try:
         yield call
     finally:
-        _variable.reset(token)
-        _mirror.call = mirrored
-        if log is not None and entry is not None:
-            log.close(entry)
+        end(before)
+
+
+@dataclass(frozen=True)
+class Before:
+    """What there was when a Call began, and what was opened for it."""
+
+    mirrored: Call | None
+    token: Token[Call | None] | None = None
+    log: _Log | None = None
+    stretch: _Stretch | None = None
+
+
+def begin(call: Call) -> Before:
+    """Have what this thread or task calls from now on run under `call`; `end` what this gives."""
+    mirrored = _mirror.call
+    _mirror.call = call
+    if torch.compiler.is_compiling():  # inside a compiled region, where a ContextVar cannot be traced
+        return Before(mirrored)
+    token = _variable.set(call)
+    log = _log() if torch.is_grad_enabled() else None
+    return Before(mirrored, token, log, None if log is None else log.open(call))
+
+
+def end(before: Before) -> None:
+    """Undo `begin`."""
+    _mirror.call = before.mirrored
+    if before.token is not None:
+        _variable.reset(before.token)
+    if before.log is not None and before.stretch is not None:
+        before.log.close(before.stretch)
 
 
 def resync() -> None:

@@ -12,6 +12,7 @@ from peftlite.config import PeftConfig
 from peftlite.core.binding import activate, number, rebind, sync
 from peftlite.core.hosts import Host, LinearHost, ModuleHost, ParamHost, host_for, is_borrowed, known_kinds
 from peftlite.core.layer import AdapterLayer
+from peftlite.core.inputs import observe
 from peftlite.core.outputs import attach
 from peftlite.core.plan import InjectionPlan, Site
 from peftlite.core.state import AdapterState, check_adapter_name, check_bias_owner, freeze
@@ -341,6 +342,7 @@ def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable
         sync(base, state, (name,))
         rebind(base, state)
     attach(base, tuner_for(planned.config))
+    observe(base, planned.config)
 
 
 def layer_at(site: Site, state: AdapterState) -> AdapterLayer:

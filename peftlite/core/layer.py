@@ -160,6 +160,10 @@ class AdapterLayer(MergingLayer):
         call = current()
         if call is not None and (call := call.of(self.state)) is not None:
             return call.run(self, args, kwargs)
+        return self.bound(*args, **kwargs)
+
+    def bound(self, *args: Any, **kwargs: Any) -> Any:
+        """What forward does when no Call says otherwise."""
         return (self._program or self._bind())(*args, **kwargs)
 
     def program(self, names: Sequence[str]) -> Program:

@@ -15,6 +15,7 @@ from peftlite.core.binding import activate, check_exclusive, number, plan_progra
 from peftlite.core.call import Call, current, using
 from peftlite.core.inject import facts_of
 from peftlite.core.layer import AdapterLayer
+from peftlite.core.inputs import forget
 from peftlite.core.outputs import detach
 from peftlite.core.packed import warn_of_rounding
 from peftlite.core.rows import RowsCall, check_rows
@@ -295,6 +296,7 @@ def take_out(model: nn.Module, names: Sequence[str], dequantised: bool = False) 
             remains = kept.setdefault(id(place.module), outcome(place.module, names))
             place.parent._modules[place.child] = remains
     detach(base)
+    forget(base)
     unloaded = facts_of(base).unloaded
     if unloaded is not None:
         unloaded(dequantised)
@@ -331,6 +333,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             place.parent._modules[place.child] = place.module.wrapped
     if not state.configs:
         detach(base)
+        forget(base)
         return
     number(base)
     if not state.active:

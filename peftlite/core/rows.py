@@ -38,6 +38,13 @@ class RowsCall(Call):
             else:
                 self.groups.append((rows[row], place, place + 1))
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(name for name in self.by_name if name != BASE)
+
+    def rows_of(self, name: str) -> Tensor | None:
+        return None if len(self.groups) == 1 else next(self.perm[i:j] for other, i, j in self.groups if other == name)
+
     def run(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run each group of rows through its adapter's program and put the rows back in their order.
 

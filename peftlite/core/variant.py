@@ -42,6 +42,8 @@ class Variant:
     """Whether `merge` exists; an adapter that replaces its module is taken over by `unload` instead."""
     exclusive = False
     """Whether at most one active adapter of a layer may be of this kind."""
+    observes: frozenset[str] | None = None
+    """Arguments of the whole model's calls that are this variant's own, of one that looks at these calls (`inputs`)."""
     frozen: frozenset[str] = frozenset()
     """Slots that do not train, of those that do for other variants of the same tuner."""
 
