@@ -21,7 +21,7 @@ from peftlite.config import PeftConfig, PeftType, register_config
 from peftlite.core.targets import match_pattern
 from peftlite.errors import ConfigError, UnsupportedFeatureError, nearest
 from peftlite.tuners.fields import check_probability, check_targets
-from peftlite.tuners.lora.options import BdLoraConfig, LoraRuntimeConfig, options, plain
+from peftlite.tuners.lora.options import BdLoraConfig, LoraRuntimeConfig, check_tokens, options, plain
 
 # Fields whose feature this version does not have, and the value that asks for nothing.
 UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
@@ -38,7 +38,6 @@ UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
         "layer_replication": None,
         "arrow_config": None,
         "kasa_config": None,
-        "ensure_weight_tying": False,
     }
 )
 INITS: Final = ("gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal", "mica")  # and True, False
@@ -178,6 +177,7 @@ class LoraConfig(PeftConfig):
     def _check_options(self) -> None:
         self.use_bdlora = options("use_bdlora", self.use_bdlora, BdLoraConfig)
         self.qalora_group_size = check_int("qalora_group_size", self.qalora_group_size, 1)
+        self.alora_invocation_tokens = check_tokens("alora_invocation_tokens", self.alora_invocation_tokens)
 
     def _check_forms(self) -> None:
         init = self.init_lora_weights
@@ -185,9 +185,15 @@ class LoraConfig(PeftConfig):
             "use_dora": self.use_dora,
             "use_qalora": self.use_qalora,
             "use_bdlora": self.use_bdlora is not None,
+            "alora_invocation_tokens": bool(self.alora_invocation_tokens),
             "init_lora_weights='mica'": init == "mica",
         }
         asked = [name for name, wanted in forms.items() if wanted]
+        if self.alora_invocation_tokens and self.task_type == "SEQ_2_SEQ_LM":
+            raise ConfigError(
+                "`alora_invocation_tokens` has no form for `task_type='SEQ_2_SEQ_LM'`: which of the decoder's tokens "
+                "come after the invocation is not defined. Nothing was changed."
+            )
         if len(asked) > 1:
             raise ConfigError(f"`{asked[0]}` and `{asked[1]}` have no form together; choose one. Nothing was changed.")
         if self.lora_bias and not isinstance(init, bool):

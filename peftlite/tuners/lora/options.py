@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -136,6 +136,18 @@ def options(field: str, value: object, kind: type[O]) -> O | None:
                 "Nothing was changed."
             )
     return kind(**value)
+
+
+def check_tokens(field: str, value: object) -> list[int] | None:
+    """Token ids in their order; None for none.
+
+    Raises: ConfigError.
+    """
+    if value is None:
+        return None
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise wrong(field, value, "a list of token ids or None")
+    return [check_int(field, token, 0) for token in value] or None
 
 
 def plain(value: Any) -> Any:

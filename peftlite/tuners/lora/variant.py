@@ -8,6 +8,7 @@ from peftlite.config import PeftType
 from peftlite.core.hosts import Host
 from peftlite.core.slots import ModuleSlot, Slot
 from peftlite.core.variant import TunerSpec, Variant, register
+from peftlite.tuners.lora.alora import Invoked
 from peftlite.tuners.lora.config import LoraConfig
 from peftlite.tuners.lora.dora import Dora
 from peftlite.tuners.lora.frugal import Blocks, Pooled
@@ -30,6 +31,7 @@ _MICA = Mica()
 _DORA = Dora()
 _BLOCKS = Blocks()
 _POOLED = Pooled()
+_INVOKED = Invoked()
 
 
 def variant_for(config: LoraConfig) -> Variant:
@@ -38,6 +40,7 @@ def variant_for(config: LoraConfig) -> Variant:
         (config.use_dora, _DORA),
         (config.use_bdlora is not None, _BLOCKS),
         (config.use_qalora, _POOLED),
+        (bool(config.alora_invocation_tokens), _INVOKED),
         (config.init_lora_weights == "mica", _MICA),
     )
     for asked, variant in forms:
