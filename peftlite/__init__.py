@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         print_trainable_parameters,
     )
     from peftlite.integrations.quantised.training import prepare_model_for_kbit_training
+    from peftlite.integrations.transformers.adalora import AdaLoraCallback
     from peftlite.model import (
         PeftModel,
         PeftModelForCausalLM,
@@ -55,10 +56,9 @@ if TYPE_CHECKING:
         inject_adapter_in_model,
         wrap,
     )
-    from peftlite.tuners.combine import add_weighted_adapter
-    from peftlite.integrations.transformers.adalora import AdaLoraCallback
     from peftlite.tuners.adalora.allocation import orthogonal_regularisation, update_and_allocate
     from peftlite.tuners.adalora.config import AdaLoraConfig
+    from peftlite.tuners.combine import add_weighted_adapter
     from peftlite.tuners.ia3 import IA3Config
     from peftlite.tuners.loha import LoHaConfig
     from peftlite.tuners.lokr import LoKrConfig
@@ -68,10 +68,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "BdLoraConfig",
     "AdaLoraCallback",
     "AdaLoraConfig",
     "AdaLoraModel",
+    "BdLoraConfig",
     "IA3Config",
     "IA3Model",
     "LoHaConfig",
