@@ -29,7 +29,7 @@ def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> N
 def sync(model: nn.Module, state: AdapterState, names: Iterable[str]) -> None:
     """Have the state write `requires_grad` for `names`, base biases that they own included."""
     known = [name for name in names if name in state.configs]
-    biases = [(name, p) for name in known for p in base_biases(model, bias_of(state.configs[name]))]
+    biases = [(name, p) for name in known for p in base_biases(model, bias_of(state.configs[name]), name)]
     state.sync(layers(model), known, biases)
 
 

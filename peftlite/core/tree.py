@@ -117,8 +117,8 @@ def check_one_state(model: nn.Module) -> None:
         )
 
 
-def base_biases(model: nn.Module, bias: str) -> Iterator[nn.Parameter]:
-    """The base model's own biases that `bias="all"` or `bias="lora_only"` trains."""
+def base_biases(model: nn.Module, bias: str, adapter_name: str) -> Iterator[nn.Parameter]:
+    """The base model's own biases that `bias="all"` trains, or `"lora_only"`: those of the adapter's own layers."""
     if bias == "none":
         return
     replaced: list[str] = []  # modules trained whole: their own biases are out of use
@@ -127,9 +127,8 @@ def base_biases(model: nn.Module, bias: str) -> Iterator[nn.Parameter]:
             if place.module.tuner.base_slot != "base_layer":
                 replaced.append(f"{place.path}.")
             continue
-        if place.path.startswith(tuple(replaced)) or (
-            bias == "lora_only" and not isinstance(place.parent, AdapterLayer)
-        ):
+        adapted = isinstance(place.parent, AdapterLayer) and adapter_name in place.parent.variants
+        if place.path.startswith(tuple(replaced)) or (bias == "lora_only" and not adapted):
             continue
         for name, parameter in place.module._parameters.items():
             if parameter is not None and is_bias(name):

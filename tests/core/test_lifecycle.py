@@ -319,3 +319,13 @@ def test_deleting_the_last_adapter_gives_the_base_model_back() -> None:
     torch.testing.assert_close(model(inputs()), expected, rtol=0, atol=1e-6)
     add(model, "again")
     assert peftlite.active_adapters(model) == ["again"]
+
+
+def test_lora_only_biases_are_those_of_the_adapters_own_layers() -> None:
+    model = Net()
+    peftlite.inject_adapter_in_model(LoraConfig(target_modules=["second"]), model, "other")
+    peftlite.inject_adapter_in_model(LoraConfig(target_modules=["first"], bias="lora_only"), model, "a")
+    peftlite.set_adapter(model, "a")
+    assert [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name] == [
+        "first.base_layer.bias"
+    ]
