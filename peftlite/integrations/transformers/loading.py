@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -203,7 +204,8 @@ def loading(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def has_peft() -> bool:
-    """Whether transformers can use real `peft`."""
+    """Whether transformers can use real `peft`, which peftlite may be standing in for."""
     from transformers.utils.import_utils import is_peft_available
 
-    return bool(is_peft_available())
+    stands_in = getattr(sys.modules.get("peft"), "__peftlite__", False)
+    return not stands_in and bool(is_peft_available())

@@ -1,0 +1,137 @@
+"""The finder that makes `import peft` give peftlite: first on `sys.meta_path`, for the modules of the table."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from importlib.metadata import Distribution, DistributionFinder
+from os import PathLike
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import peftlite
+from peftlite.as_peft import absent, repair, tolerance
+from peftlite.as_peft.table import MODULES, PEFT_VERSION, names_of
+from peftlite.errors import nearest
+
+ROOT = "peft"
+
+
+def install() -> None:
+    """From now on `import peft` and `peft.*` give peftlite's objects in this process. Again: no effect.
+
+    Raises: StandInError if a module was imported before that cannot be given other objects; it names the line to move.
+    """
+    if any(isinstance(finder, StandIn) for finder in sys.meta_path):
+        return
+    repair.check()
+    repair.say_if_real()
+    sys.meta_path.insert(0, StandIn())
+    importlib.invalidate_caches()
+    importlib.import_module(ROOT)
+    repair.repair()
+
+
+class Module(ModuleType):
+    """A module of `peft`: its names are looked up in the table when they are first used."""
+
+    def __getattr__(self, name: str) -> Any:
+        full = f"{self.__name__}.{name}"
+        if full in MODULES:
+            return importlib.import_module(full)
+        home, attribute = home_of(self.__name__, name)
+        if not home:
+            raise AttributeError(lacking(full))
+        tolerance.settle()
+        try:
+            value = getattr(importlib.import_module(home), attribute)
+        except ModuleNotFoundError as error:
+            if error.name != home:
+                raise
+            raise AttributeError(lacking(full)) from error
+        self.__dict__[name] = value
+        return value
+
+    def __dir__(self) -> list[str]:
+        prefix = f"{self.__name__}."
+        below = {key.removeprefix(prefix) for key in MODULES if key.startswith(prefix)}
+        return sorted({*self.__dict__, *names_of(self.__name__), *(key for key in below if "." not in key)})
+
+
+def home_of(module: str, name: str) -> tuple[str, str]:
+    """(module of ours, attribute) of a name of `peft`; two empty strings if there is none."""
+    home, attribute = names_of(module).get(name, ("", ""))
+    public = name in peftlite.__all__
+    if public and (home == absent.__name__ or (module == ROOT and not home)):
+        return peftlite.__name__, name
+    return home, attribute
+
+
+def lacking(full: str) -> str:
+    """What to say of a name that is not in the table."""
+    module, _, name = full.rpartition(".")
+    known = [*names_of(module), *MODULES] if module in MODULES else list(MODULES)
+    return (
+        f"peftlite stands in for `peft`, and has no `{full}`; nearest: {nearest(name, known)}. "
+        "With the real `peft`, leave `peftlite.as_peft` out."
+    )
+
+
+class StandIn(DistributionFinder):
+    """Finds `peft`, the modules in it, and the distribution of this name."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        top = fullname.partition(".")[0]
+        if top != ROOT:
+            return None
+        if fullname not in MODULES:
+            raise ImportError(lacking(fullname), name=fullname)
+        return ModuleSpec(fullname, StandInLoader(), origin=f"peftlite ({fullname})", is_package=True)
+
+    def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterable[Distribution]:
+        name = None if context is None else context.name
+        return [StandInDistribution()] if name is None or name.lower() == ROOT else []
+
+
+class StandInLoader(Loader):
+    """Makes an empty module of the table; `runpy` and `inspect` find no code and no source in it."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return Module(spec.name, "peftlite, standing in for `peft`.")
+
+    def exec_module(self, module: ModuleType) -> None:
+        names = {name: None for name in names_of(module.__name__)}
+        module.__dict__.update(__version__=PEFT_VERSION, __all__=[n for n in names if not n.startswith("_")])
+        module.__dict__["__peftlite__"] = True
+
+    def get_code(self, fullname: str) -> CodeType:
+        """The code of the module, of which there is none."""
+        return compile("", f"<{fullname}>", "exec")
+
+    def get_source(self, fullname: str) -> str:
+        """The source of the module, which is empty."""
+        return ""
+
+    def is_package(self, fullname: str) -> bool:
+        """Every module is a package without files, so that a name it lacks is asked of the finder, and said."""
+        return True
+
+
+class StandInDistribution(Distribution):
+    """What `importlib.metadata` says of `peft`."""
+
+    def read_text(self, filename: str | PathLike[str]) -> str | None:
+        files = {
+            "METADATA": f"Metadata-Version: 2.1\nName: {ROOT}\nVersion: {PEFT_VERSION}\n",
+            "top_level.txt": f"{ROOT}\n",
+        }
+        return files.get(str(filename))
+
+    def locate_file(self, path: str | PathLike[str]) -> Path:
+        return Path(__file__).parent / path

@@ -1,0 +1,191 @@
+"""Functions of PEFT that peftlite has under another name, or with other arguments."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import peftlite.tuners  # noqa: F401 - makes configs and tuners known
+from peftlite.as_peft.kinds import BaseTunerLayer
+from peftlite.base_tuner import TUNER_MODELS
+from peftlite.checkpoint.files import read_adapter
+from peftlite.checkpoint.hub import HubOptions, resolve
+from peftlite.config import PeftConfig, PeftType, config_class, config_from_dict
+from peftlite.core import lifecycle
+from peftlite.core.slots import HALF_DTYPES
+from peftlite.core.targets import TargetSpec, select
+from peftlite.core.tree import base_model_of, layers
+from peftlite.errors import PeftliteWarning
+from peftlite.model import entry
+from peftlite.model.wrapper import TASK_MODELS
+
+M = TypeVar("M", bound=nn.Module)
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {task.value: cls for task, cls in TASK_MODELS.items()}
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {kind: config_class(kind) for kind in TUNER_MODELS}
+
+
+# ---- adapters
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: M,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> M:
+    """As `peftlite.inject_adapter_in_model`; the adapter has the base model's dtype, and the model a `peft_config`."""
+    entry.inject_adapter_in_model(
+        peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, autocast_adapter_dtype=False, unmatched="warn"
+    )
+    dtypes = {p.dtype for layer in layers(model) for p in layer.parameters_of(adapter_name)} & set(HALF_DTYPES)
+    if dtypes:
+        warnings.warn(
+            f"Adapter `{adapter_name}` is in {str(dtypes.pop()).removeprefix('torch.')}, the base model's dtype, as "
+            "PEFT makes it here. `peftlite.inject_adapter_in_model` keeps adapters in fp32, which train better.",
+            PeftliteWarning,
+            stacklevel=2,
+        )
+    base: Any = base_model_of(model)
+    if not isinstance(getattr(type(base), "peft_config", None), property):
+        base.peft_config = lifecycle.state_of(base).configs
+    return model
+
+
+def set_adapter(
+    model: nn.Module,
+    adapter_name: str | Sequence[str],
+    inference_mode: bool = False,
+    layer_cls: type = BaseTunerLayer,
+) -> None:
+    """`peftlite.set_adapter`; all layers are of one class, so `layer_cls` says nothing."""
+    lifecycle.set_adapter(model, adapter_name, inference_mode)
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: type = BaseTunerLayer
+) -> list[str] | None:
+    """`peftlite.delete_adapter`; the names of the adapters in use then. `prefix` and `layer_cls` say nothing."""
+    lifecycle.delete_adapter(model, adapter_name)
+    return next((layer.active_adapters for layer in layers(model)), None)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Put an adapter's parameters that are in half precision into fp32."""
+    lifecycle.state_of(model).checked(adapter_name)
+    for layer in layers(model) if autocast_adapter_dtype else ():
+        for parameter in layer.parameters_of(adapter_name):
+            if parameter.dtype in HALF_DTYPES:
+                parameter.data = parameter.data.float()
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub_options: Any,
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, by their keys."""
+    if key_mapping:
+        raise NotImplementedError("`key_mapping` is an argument of `peftlite.load_adapter`. Nothing was changed.")
+    with read_adapter(resolve(model_id, HubOptions.from_kwargs(hub_options), config_file=False), config=False) as files:
+        return {key: files.tensors.read(key).to(device or infer_device()) for key in files.tensors.infos}
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
+    """The config that a dict with a `peft_type` describes."""
+    return config_from_dict(config_dict)
+
+
+def check_target_module_exists(config: PeftConfig, key: str) -> bool:
+    """Whether a config's `target_modules` mean the module at this path."""
+    return bool(select([key], TargetSpec.from_config(config)).targets)
+
+
+def build_peft_weight_mapping(
+    weight_conversions: Sequence[Any] | None, adapter_name: str, peft_config: PeftConfig | None = None
+) -> list[Any]:
+    """How transformers is to convert an adapter's keys: not at all, since peftlite reads adapters' files itself."""
+    return []
+
+
+# ---- modules and tensors
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
+    lifecycle.set_requires_grad(model, adapter_name, False)
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """`weight`, transposed if it is stored (in, out)."""
+    return weight.T if fan_in_fan_out else weight
+
+
+def infer_device() -> str:
+    """The kind of accelerator there is, or "cpu"."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else found.type
+
+
+def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """(device, address, size) of a tensor's memory: equal for tensors that share it."""
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters that train become fp32, all others `dtype`."""
+    for parameter in model.parameters():
+        parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
+    """FSDP's policy for models with adapters: blocks of the model, and layers whose own weights train, by themselves.
+
+    The blocks are what the model calls `_no_split_modules`, or `FSDP_TRANSFORMER_CLS_TO_WRAP` in the environment.
+    """
+    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+
+    names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    wanted = set(names.split(",")) - {""} or set(getattr(base_model_of(model), "_no_split_modules", None) or ())
+    blocks = {type(module) for module in model.modules() if type(module).__name__ in wanted}
+
+    def trains(module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return not list(module.children()) and isinstance(weight, Tensor) and weight.requires_grad
+
+    return functools.partial(
+        _or_policy,
+        policies=[
+            functools.partial(lambda_auto_wrap_policy, lambda_fn=trains),
+            functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks),
+        ],
+    )
+
+
+def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextManager[Any]:
+    """Accelerate's context in which modules are made without memory."""
+    accelerate: Any = importlib.import_module("accelerate")
+    context: AbstractContextManager[Any] = accelerate.init_empty_weights(include_buffers=include_buffers)
+    return context
+
+
+def is_bnb_available() -> bool:
+    """Whether bitsandbytes is installed."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def is_bnb_4bit_available() -> bool:
+    """Whether bitsandbytes is installed; every version that peftlite reads has 4-bit layers."""
+    return is_bnb_available()

@@ -1,0 +1,172 @@
+"""Which names `peft` has, module by module, and which objects of peftlite they are.
+
+An entry is `name` (the public name of peftlite), or `name=module:attribute`. A module has its submodules as attributes.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from peftlite.config import FORMAT_VERSION
+
+PEFT_VERSION: Final = FORMAT_VERSION
+"""The release of PEFT that the stand-in says it is."""
+
+
+def _at(home: str, names: str) -> str:
+    """Entries for names that a module of ours has under the same name."""
+    return " ".join(f"{name}={home}:{name}" for name in names.split())
+
+
+_CONFIGS = "AdaLoraConfig IA3Config LoHaConfig LoKrConfig LoraConfig VeraConfig"
+_MODELS = "AdaLoraModel IA3Model LoHaModel LoKrModel LoraModel VeraModel"
+_PEFT_MODELS = (
+    "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
+    "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
+)
+_AUTO = (
+    "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
+    "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
+)
+_AUTO_HERE = _at("peftlite.auto", _AUTO)
+_LAYERS = "BaseTunerLayer=peftlite.as_peft.kinds:BaseTunerLayer"
+_WRAPPERS = (
+    "AuxiliaryTrainingWrapper=peftlite.as_peft.kinds:AuxiliaryTrainingWrapper "
+    "ModulesToSaveWrapper=peftlite.as_peft.kinds:ModulesToSaveWrapper"
+)
+_FILES = (
+    "CONFIG_NAME=peftlite.checkpoint.keys:CONFIG_NAME WEIGHTS_NAME=peftlite.checkpoint.keys:WEIGHTS_NAME "
+    "SAFETENSORS_WEIGHTS_NAME=peftlite.checkpoint.keys:SAFETENSORS_WEIGHTS_NAME"
+)
+_ERRORS = "PeftError=peftlite.errors:PeftliteError NoMatchingPeftModuleError=peftlite.errors:TargetNotFoundError"
+_WARNING = "PeftWarning=peftlite.errors:PeftliteWarning"
+_INJECT = "inject_adapter_in_model=peftlite.as_peft.functions:inject_adapter_in_model"
+_SAVE = (
+    "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights=peftlite.as_peft.functions:load_peft_weights"
+)
+_PATTERNS = (
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND=peftlite.core.targets:ALL_LINEAR "
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=peftlite.integrations.defaults:LORA "
+    "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING=peftlite.integrations.defaults:ADALORA "
+    "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING=peftlite.integrations.defaults:IA3 "
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=peftlite.integrations.defaults:IA3_FEEDFORWARD"
+)
+_FUNCTIONS = "peftlite.as_peft.functions"
+_OTHER = _at(
+    _FUNCTIONS,
+    "_freeze_adapter _get_submodules cast_mixed_precision_params fsdp_auto_wrap_policy id_tensor_storage "
+    "infer_device transpose",
+)
+_MAPPINGS = (
+    f"MODEL_TYPE_TO_PEFT_MODEL_MAPPING={_FUNCTIONS}:MODEL_TYPE_TO_PEFT_MODEL_MAPPING "
+    f"PEFT_TYPE_TO_CONFIG_MAPPING={_FUNCTIONS}:PEFT_TYPE_TO_CONFIG_MAPPING "
+    f"PEFT_TYPE_TO_TUNER_MAPPING=peftlite.base_tuner:TUNER_MODELS get_peft_config={_FUNCTIONS}:get_peft_config"
+)
+_ABSENT = _at(
+    "peftlite.as_peft.absent",
+    "AdaptionPromptConfig LoftQConfig OFTConfig PeftMixedModel PrefixTuningConfig PromptEncoderConfig "
+    "PromptLearningConfig PromptTuningConfig",
+)
+_TYPES = "PeftType TaskType"
+_LORA = "LoraConfig LoraModel LoraRuntimeConfig BdLoraConfig LoftQConfig=peftlite.as_peft.absent:LoftQConfig"
+_LORA_LAYERS = " ".join(
+    f"{name}=peftlite.as_peft.kinds:{at}"
+    for name, at in {
+        "LoraLayer": "LoraLayer",
+        "Linear": "LoraLinear",
+        "Embedding": "LoraEmbedding",
+        "Conv1d": "LoraConv1d",
+        "Conv2d": "LoraConv2d",
+        "Conv3d": "LoraConv3d",
+        "ParamWrapper": "ParamWrapper",
+    }.items()
+)
+_HOTSWAP = _at(
+    "peftlite.hotswap",
+    "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict "
+    "prepare_model_for_compiled_hotswap",
+)
+_HELPERS = _at(
+    "peftlite.helpers",
+    "check_if_peft_model disable_input_dtype_casting rescale_adapter_scale "
+    "update_forward_signature update_generate_signature update_signature",
+)
+_OPTIMIZERS = _at(
+    "peftlite.optimizers", "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer"
+)
+
+
+def _tuner(package: str, name: str, kind: str = "") -> dict[str, str]:
+    """The modules of one tuner in `peft.tuners`."""
+    layers = f"{kind}=peftlite.as_peft.kinds:{kind}" if kind else ""
+    path = f"peft.tuners.{package}"
+    config, model = f"{name}Config", f"{name}Model"
+    whole = f"{config} {model} {layers}"
+    return {path: whole, f"{path}.config": config, f"{path}.model": model, f"{path}.layer": layers}
+
+
+MODULES: Final[dict[str, str]] = {
+    "peft": " ".join(
+        (
+            *(_CONFIGS, _MODELS, _PEFT_MODELS, _AUTO_HERE, _LORA, _TYPES, _MAPPINGS, _ABSENT, _ERRORS, _WARNING),
+            *(_INJECT, _SAVE, "PeftConfig get_peft_model get_layer_status get_model_status convert_to_lora"),
+            "prepare_model_for_kbit_training save_as_lora",
+            _at(_FUNCTIONS, "cast_mixed_precision_params"),
+        )
+    ),
+    "peft.auto": _AUTO_HERE,
+    "peft.config": "PeftConfig PromptLearningConfig=peftlite.as_peft.absent:PromptLearningConfig",
+    "peft.functional": (
+        f"{_INJECT} {_SAVE} set_requires_grad delete_adapter={_FUNCTIONS}:delete_adapter "
+        f"set_adapter={_FUNCTIONS}:set_adapter cast_adapter_dtype={_FUNCTIONS}:cast_adapter_dtype"
+    ),
+    "peft.helpers": _HELPERS,
+    "peft.import_utils": _at(_FUNCTIONS, "is_bnb_available is_bnb_4bit_available"),
+    "peft.mapping": f"{_INJECT} {_MAPPINGS}",
+    "peft.mapping_func": "get_peft_model",
+    "peft.mixed_model": "PeftMixedModel=peftlite.as_peft.absent:PeftMixedModel",
+    "peft.optimizers": _OPTIMIZERS,
+    "peft.optimizers.lorafa": _OPTIMIZERS,
+    "peft.optimizers.loraplus": _OPTIMIZERS,
+    "peft.optimizers.riemannian": _OPTIMIZERS,
+    "peft.peft_model": f"{_PEFT_MODELS} get_layer_status get_model_status PeftConfig",
+    "peft.tuners": f"{_CONFIGS} {_MODELS} {_LORA} {_ABSENT} convert_to_lora save_as_lora",
+    "peft.tuners.tuners_utils": (
+        f"{_LAYERS} BaseTuner=peftlite.base_tuner:BaseTuner "
+        f"check_target_module_exists={_FUNCTIONS}:check_target_module_exists"
+    ),
+    "peft.tuners.lora": f"{_LORA} {_LORA_LAYERS} convert_to_lora save_as_lora",
+    "peft.tuners.lora.config": _LORA,
+    "peft.tuners.lora.layer": _LORA_LAYERS,
+    "peft.tuners.lora.model": "LoraModel",
+    "peft.tuners.lora.conversion": "convert_to_lora save_as_lora",
+    **_tuner("adalora", "AdaLora", "AdaLoraLayer"),
+    **_tuner("ia3", "IA3", "IA3Layer"),
+    **_tuner("loha", "LoHa", "LoHaLayer"),
+    **_tuner("lokr", "LoKr", "LoKrLayer"),
+    **_tuner("vera", "Vera", "VeraLayer"),
+    "peft.tuners.oft": "OFTConfig=peftlite.as_peft.absent:OFTConfig",
+    "peft.utils": " ".join(
+        (_TYPES, _FILES, _WRAPPERS, _SAVE, _OTHER, _PATTERNS, _ERRORS, _WARNING, "prepare_model_for_kbit_training")
+    ),
+    "peft.utils.constants": f"{_FILES} {_PATTERNS}",
+    "peft.utils.error": _ERRORS,
+    "peft.utils.hotswap": _HOTSWAP,
+    "peft.utils.integrations": f"init_empty_weights={_FUNCTIONS}:init_empty_weights",
+    "peft.utils.other": f"{_WRAPPERS} {_OTHER} {_FILES} {_PATTERNS} prepare_model_for_kbit_training",
+    "peft.utils.peft_types": _TYPES,
+    "peft.utils.save_and_load": _SAVE,
+    "peft.utils.transformers_weight_conversion": f"build_peft_weight_mapping={_FUNCTIONS}:build_peft_weight_mapping",
+    "peft.utils.warning": _WARNING,
+}
+"""Module of `peft` -> the names in it."""
+
+
+def names_of(module: str) -> dict[str, tuple[str, str]]:
+    """Name -> (module of ours, attribute there), of a module of `peft`."""
+    found: dict[str, tuple[str, str]] = {}
+    for entry in MODULES[module].split():
+        name, _, target = entry.partition("=")
+        home, _, attribute = target.partition(":")
+        found[name] = (home or "peftlite", attribute or name)
+    return found
