@@ -11,8 +11,8 @@ from torch import nn
 from peftlite.config import PeftConfig
 from peftlite.core.binding import activate, number, rebind, sync
 from peftlite.core.hosts import Host, LinearHost, ModuleHost, ParamHost, host_for, is_borrowed, known_kinds
-from peftlite.core.layer import AdapterLayer
 from peftlite.core.inputs import observe
+from peftlite.core.layer import AdapterLayer
 from peftlite.core.outputs import attach
 from peftlite.core.plan import InjectionPlan, Site
 from peftlite.core.state import AdapterState, check_adapter_name, check_bias_owner, freeze
@@ -27,6 +27,7 @@ from peftlite.core.targets import (
     report,
     select,
 )
+from peftlite.core.ties import tied_sites
 from peftlite.core.tree import Place, base_model_of, check_one_state, find_state, places
 from peftlite.core.variant import COMPANIONS, TunerSpec, tuner_for
 from peftlite.errors import ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError
@@ -103,6 +104,10 @@ def plan(
     sites = make_sites(found, with_inner(found, wanted), tuner, config)
     for companion in COMPANIONS:
         sites += make_sites(found, [(path, None) for path in selection.saved], companion.tuner, config)
+    if config.to_dict().get("ensure_weight_tying"):
+        sites = tied_sites(
+            sites, found.sharers, lambda kind, paths: make_sites(found, [(p, None) for p in paths], kind, config)
+        )
     complete(config, tuner, sites, selection, list(found.places))
     return InjectionPlan(base, config, adapter_name, tuple(sites), autocast_adapter_dtype)
 
@@ -174,6 +179,12 @@ class Found:
     def shares_weight(self, host: Host) -> bool:
         """Whether the host's parameter is another module's too, or lies on another model's storage."""
         return len(self.uses.get(id(host.parameter), ())) > 1 or is_borrowed(host.parameter)
+
+    def sharers(self, host: Host) -> list[str]:
+        """The paths of all modules that have the host's parameter."""
+        users = self.uses.get(id(host.parameter), ())
+        paths = {id(innermost(place.module)): path for path, place in reversed(self.places.items())}
+        return [path for path in self.places if any(paths.get(user) == path for user in users)]
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -327,10 +338,15 @@ def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable
     if state is None:
         state = AdapterState()
         freeze(base)
+    attached: dict[str, AdapterLayer] = {}
     for site, values in zip(planned.sites, built, strict=True):
-        layer = layer_at(site, state)
-        layer.__dict__["shared_weight"] = site.shared
-        layer.add(name, site.variant, values)
+        layer = attached[site.path] = layer_at(site, state)
+        layer.__dict__["shared_weight"] |= site.shared
+        if site.leader is None:
+            layer.add(name, site.variant, values)
+    for site in planned.sites:
+        if site.leader is not None:
+            attached[site.path].follow(name, site.variant, attached[site.leader])
     for container in state.shared.values():
         if name in container and not planned.saves_shared:
             container.leave_out(name)

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from peftlite.core.call import current
 from peftlite.core.hosts import ParamHost, swapped
-from peftlite.core.merging import MergingLayer
 from peftlite.core.slots import BufferSlot, Numbers, ParameterSlot, SlotContainer, View, parameters_in, replace_tensor
 from peftlite.core.state import AdapterState
+from peftlite.core.tied import TiedLayer
 from peftlite.core.variant import Program, TunerSpec, Variant
 from peftlite.errors import StateError
 
 _DERIVED = ("_program", "_host")
 
 
-class AdapterLayer(MergingLayer):
+class AdapterLayer(TiedLayer):
     """A base layer and its adapters: `base_layer`, then one container per slot, keyed by adapter name.
 
     What is active is bound to `_program` when it is set; forward runs that program, or the one that the current `Call`
@@ -43,6 +43,8 @@ class AdapterLayer(MergingLayer):
             merged_adapters=[],
             shared_weight=False,
             merge_error=None,
+            leaders={},
+            followers={},
             training=base_layer.training,
             _saved=None,
             _own_active=None,
@@ -107,6 +109,7 @@ class AdapterLayer(MergingLayer):
         """Detach an adapter; if it is merged, it is unmerged first."""
         if name in self.merged_adapters:
             self.set_merged([n for n in self.merged_adapters if n != name])
+        self.untie(name)
         self.variants.pop(name, None)
         for slot in self.tuner.slots:
             container = self.container(slot.name)
@@ -125,6 +128,14 @@ class AdapterLayer(MergingLayer):
             container = self.container(slot.name)
             if slot.trainable and name in container and slot.name not in self.variants[name].frozen:
                 yield from parameters_in(container[name])
+        if name in self.leaders:
+            yield from self.leaders[name].parameters_of(name)
+
+    def follow(self, name: str, variant: Variant, leader: AdapterLayer) -> None:
+        """Attach an adapter that another layer on the same weight has. Cannot fail."""
+        self.leaders[name] = leader
+        leader.followers.setdefault(name, []).append(self)
+        self.add(name, variant, variant.follow(self.host, View(leader, name)))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """File suffix -> live tensor of one adapter, such as {"lora_A.weight": ..., "lora_B.weight": ...}."""
@@ -137,6 +148,10 @@ class AdapterLayer(MergingLayer):
 
     def assign(self, name: str, suffix: str, tensor: Tensor) -> None:
         """Put `tensor` in the place of the one that `tensors(name)[suffix]` is."""
+        leader = self.leaders.get(name)
+        if leader is not None and (there := self.variants[name].led(self.host, leader.host, suffix)) is not None:
+            leader.assign(name, there[0], tensor.T.contiguous() if there[1] else tensor)
+            return
         for slot in self.tuner.slots:
             container = self.container(slot.name)
             if name not in container:
@@ -145,6 +160,8 @@ class AdapterLayer(MergingLayer):
                 if found == suffix:
                     replace_tensor(container, name, attribute, tensor)
         self.unbind()
+        for follower in self.followers.get(name, ()):
+            follower.add(name, self.variants[name], self.variants[name].follow(follower.host, View(self, name)))
 
     # ---- forward
     @property

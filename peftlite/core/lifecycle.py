@@ -14,13 +14,14 @@ from torch import nn
 from peftlite.core.binding import activate, check_exclusive, number, plan_programs, rebind, sync
 from peftlite.core.call import Call, current, using
 from peftlite.core.inject import facts_of
-from peftlite.core.layer import AdapterLayer
 from peftlite.core.inputs import forget
+from peftlite.core.layer import AdapterLayer
 from peftlite.core.outputs import detach
 from peftlite.core.packed import warn_of_rounding
 from peftlite.core.rows import RowsCall, check_rows
 from peftlite.core.slots import View
 from peftlite.core.state import BASE, AdapterState, bias_of
+from peftlite.core.ties import note_shared, untied, warn_of_untying
 from peftlite.core.tree import base_model_of, check_one_state, find_state, layer_places, layers, named_layers
 from peftlite.core.unpacking import put_back, unpack
 from peftlite.errors import MergeError, NoAdapterError, PeftliteWarning, StateError
@@ -185,21 +186,26 @@ def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None, 
     if not state.enabled:
         raise StateError("The adapters are disabled: call `enable_adapters` before merging. Nothing was changed.")
     names = state.active if adapter_names is None else state.checked(adapter_names)
-    merge_layers(model, names, safe_merge)
+    warn_of_untying(merge_layers(model, names, safe_merge), for_good=False)
 
 
-def merge_layers(model: nn.Module, names: Sequence[str], safe_merge: bool) -> None:
-    """Merge `names` into every layer that has them, after checking that all can be."""
+def merge_layers(model: nn.Module, names: Sequence[str], safe_merge: bool) -> dict[str, list[str]]:
+    """Merge `names` into every layer that has them, after checking that all can be.
+
+    Gives the paths of layers that no longer share their weight with others, and those of the others.
+    """
     check_mergeable(model, names)
     if safe_merge:
         for layer in layers(model):
             layer.check_merge(layer.mergeable(names))
+    uses = note_shared(model)
     changed = remerge(
         model,
         lambda layer: [*layer.merged_adapters, *(n for n in layer.mergeable(names) if n not in layer.merged_adapters)],
     )
     errors = {path: layer.merge_error for path, layer in named_layers(model) if layer in changed}
     warn_of_rounding({path: error for path, error in errors.items() if error is not None})
+    return untied(model, changed, uses)
 
 
 def unmerge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
@@ -216,13 +222,13 @@ def remerge(model: nn.Module, wanted: Callable[[AdapterLayer], list[str]]) -> se
     """Make every layer hold the merged adapters that `wanted` says, all or none; gives the layers that changed."""
     done: list[tuple[AdapterLayer, list[str]]] = []
     try:
-        for layer in layers(model):
+        for layer in sorted(layers(model), key=lambda layer: bool(layer.leaders)):  # leaders first
             before, after = layer.merged_adapters, wanted(layer)
             if before != after:
                 layer.set_merged(after)
                 done.append((layer, before))
     except BaseException:
-        for layer, before in reversed(done):
+        for layer, before in done:
             layer.set_merged(before)
         raise
     return {layer for layer, _ in done}
@@ -270,10 +276,12 @@ def merge_and_unload(
     )
     swaps = unpack(model) if dequantize else []
     try:
-        merge_layers(model, names, safe_merge)
+        apart = merge_layers(model, names, safe_merge)
     except BaseException:
         put_back(swaps)
         raise
+    if facts_of(model).unloaded is None:  # else it is said there
+        warn_of_untying(apart, for_good=True)
     return take_out(model, names, bool(swaps))
 
 

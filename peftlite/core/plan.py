@@ -33,6 +33,8 @@ class Site:
     """The parameter that is adapted, of a module that is not adapted as a whole."""
     shared: bool
     """Whether the base weight is another module's too, so that merging needs a copy of it."""
+    leader: str | None = None
+    """The path of the site whose adapter this is, where modules that share their weight have one together."""
 
     @property
     def path(self) -> str:

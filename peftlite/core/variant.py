@@ -67,6 +67,18 @@ class Variant:
         """The adapted weight and bias; pure and differentiable. `dense` holds the rows asked for."""
         raise NotImplementedError(type(self).__name__)
 
+    def why_not_follow(self, host: Host, leader: Host) -> str | None:
+        """Why an adapter on `leader` cannot be one on `host` too, which shares its weight, or None if it can."""
+        return "its method does not say how"
+
+    def follow(self, host: Host, leader: View) -> dict[str, Any]:
+        """What `init` gives, for an adapter that another layer has, on the same weight: the same tensors."""
+        raise NotImplementedError(type(self).__name__)
+
+    def led(self, host: Host, leader: Host, suffix: str) -> tuple[str, bool] | None:
+        """Which of the leader's tensors one of those is, and whether transposed; None for one of the layer's own."""
+        raise NotImplementedError(type(self).__name__)
+
     def why_not_merge(self, a: View) -> str | None:
         """Why this adapter's effect cannot be written into its base layer, or None if it can."""
         return None

@@ -37,6 +37,19 @@ class ModulesToSave(Variant):
         copied = without_memory if at.device.type == "meta" else copy.deepcopy
         return {"modules_to_save": copied(host.layer)}
 
+    def why_not_follow(self, host: Host, leader: Host) -> str | None:
+        return None
+
+    def follow(self, host: Host, leader: View) -> dict[str, Any]:
+        """A copy of the layer, but for the shared weight: that is the leader's copy's."""
+        theirs: Host = leader.layer.host
+        copied = getattr(leader.modules_to_save, theirs.param)
+        module = copy.deepcopy(host.layer, {id(host.parameter): copied})
+        return {"modules_to_save": module.to("meta") if copied.is_meta else module}
+
+    def led(self, host: Host, leader: Host, suffix: str) -> tuple[str, bool] | None:
+        return (leader.param, False) if suffix == host.param else None
+
     def size(self, host: Host, config: Any, path: str) -> tuple[int | None, int]:
         return None, sum(p.numel() for p in host.layer.parameters())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -36,30 +36,40 @@ def tied_parts(model: nn.Module) -> list[Any]:
 
 
 def untie(model: Any) -> None:
-    """Set `config.tie_word_embeddings` to False if weights that it says are tied no more are.
+    """Set `config.tie_word_embeddings` to False if weights that it says are tied are not.
 
-    Those that still are get tensors of their own: such a model is saved and loaded with one for each name. The
-    config of some types of model (T5) has no False; loading leaves unequal weights apart there.
+    Others that still are get tensors of their own: such a model is saved and loaded with one for each name. The
+    config of some types of model (T5) has no False; there, loading ties what is missing from the files only.
     """
     pairs = tied_pairs(model)
     broken = [target for target, source in pairs.items() if named(model, target) is not named(model, source)]
     if not broken:
         return
-    if accepts_untied(model.config):
-        for target in pairs.keys() - set(broken):
-            module, _, name = target.rpartition(".")
-            tensor = named(model, target)
-            setattr(model.get_submodule(module), name, nn.Parameter(tensor.detach().clone(), tensor.requires_grad))
+    accepted = accepts_untied(model.config)
+    set_apart(model, list(pairs) if accepted else broken, pairs.values())
+    if accepted:
         model.config.tie_word_embeddings = False
     for target in broken:
         getattr(model, "all_tied_weights_keys", {}).pop(target, None)
     names = ", ".join(f"`{target}`" for target in broken)
     warnings.warn(
-        f"{names} of {type(model).__name__} had the weight of the input embeddings, and has one of its own now that "
-        f"adapters are merged; `config.tie_word_embeddings` is {model.config.tie_word_embeddings}.",
+        f"{names} of {type(model).__name__}, tied to the input embeddings before, differ from them now that adapters "
+        f"are merged; `config.tie_word_embeddings` is {model.config.tie_word_embeddings}.",
         PeftliteWarning,
         stacklevel=6,
     )
+
+
+def set_apart(model: nn.Module, targets: Iterable[str], sources: Iterable[str]) -> None:
+    """Give those of these parameters tensors of their own that have a source's, or one another's."""
+    taken = {id(named(model, source)) for source in sources}
+    for target in targets:
+        tensor = named(model, target)
+        if id(tensor) in taken:
+            module, _, name = target.rpartition(".")
+            tensor = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+            setattr(model.get_submodule(module), name, tensor)
+        taken.add(id(tensor))
 
 
 def tied_pairs(model: Any) -> dict[str, str]:

@@ -169,7 +169,7 @@ class LoraConfig(PeftConfig):
         for name in ("use_dora", "use_qalora"):
             value = getattr(self, name)
             setattr(self, name, value is not None and check_bool(name, value))
-        for name in ("fan_in_fan_out", "use_rslora", "lora_bias"):
+        for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "ensure_weight_tying"):
             check_bool(name, getattr(self, name))
         if not isinstance(self.init_lora_weights, bool):
             self._check_init(self.init_lora_weights)

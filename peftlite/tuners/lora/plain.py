@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
 
-from peftlite.core.hosts import ALL_ROWS, Host
+from peftlite.core.hosts import ALL_ROWS, EmbeddingHost, Host
 from peftlite.core.slots import View
 from peftlite.core.variant import Additive, Placement, Program
+from peftlite.tuners.lora import tied
 from peftlite.tuners.lora.bound import BoundLinear, suits
 from peftlite.tuners.lora.config import LoraConfig
 from peftlite.tuners.lora.factors import (
@@ -47,6 +49,17 @@ class Lora(Additive):
             "lora_alpha": site.alpha,
             "scaling": site.scaling,
         }
+
+    def why_not_follow(self, host: Host, leader: Host) -> str | None:
+        return tied.why_not_follow(host, leader) if type(self) is Lora else f"{type(self).__name__} has no such form"
+
+    def follow(self, host: Host, leader: View) -> dict[str, Any]:
+        own = {name: getattr(leader, name) for name in ("r", "lora_alpha", "scaling")}
+        return {**tied.followed(host, leader), "lora_dropout": copy.deepcopy(leader.lora_dropout), **own}
+
+    def led(self, host: Host, leader: Host, suffix: str) -> tuple[str, bool] | None:
+        slot = tied.source(host, leader, suffix.removesuffix(".weight"))
+        return slot + ("" if isinstance(leader, EmbeddingHost) else ".weight"), tied.is_turned(host, leader)
 
     def size(self, host: Host, config: Any, path: str) -> tuple[int | None, int]:
         r: int = config.for_site(path).r

@@ -1,0 +1,55 @@
+"""The side of an adapter layer that knows of other layers on the same weight.
+
+Of an adapter that is theirs together (`ensure_weight_tying`), one layer, the leader, has the tensors; the others
+follow: their tensors are the leader's, as seen from their side of the weight. It is merged once, by the leader, and the
+others take over the weight that it was merged into, which so stays one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from peftlite.core.hosts import Saved
+from peftlite.core.merging import MergingLayer
+
+
+class TiedLayer(MergingLayer):
+    """An adapter layer whose adapters may be those of another layer."""
+
+    leaders: dict[str, Any]
+    """Adapter -> the layer that has its tensors, of adapters that are another layer's."""
+    followers: dict[str, list[Any]]
+    """Adapter -> the other layers that it is on, of adapters whose tensors are here."""
+
+    def leader_of(self, names: Sequence[str]) -> TiedLayer | None:
+        """The layer whose weight is what merging exactly these adapters would give here; None if there is none."""
+        leader: TiedLayer | None = self.leaders.get(names[0]) if names else None
+        same = leader is not None and all(self.leaders.get(name) is leader for name in names)
+        return leader if same and leader is not None and leader.merged_adapters == list(names) else None
+
+    def set_merged(self, names: Sequence[str]) -> None:
+        if self._saved is None and self.leader_of(names) is not None:  # no copy: the leader has one
+            bias = None if self.host.bias is None else self.host.bias.detach().clone()
+            self.__dict__["_saved"] = Saved(self.host.parameter, bias, shared=True)
+        super().set_merged(names)
+
+    def _write_merged(self, names: list[str]) -> None:
+        leader, saved = self.leader_of(names), self._saved
+        if leader is not None:
+            setattr(self.host.layer, self.host.param, leader.host.parameter)
+            self.__dict__.update(merged_adapters=names, merge_error=None)
+            return
+        if names and saved.shared and (self.leaders or self.followers):  # others may have taken over the present one
+            fresh = nn.Parameter(saved.weight.detach().clone(), saved.weight.requires_grad)
+            setattr(self.host.layer, self.host.param, fresh)
+        super()._write_merged(names)
+
+    def untie(self, name: str) -> None:
+        """Forget that an adapter, which is being removed, is shared with other layers."""
+        leader = self.leaders.pop(name, None)
+        if leader is not None and self in leader.followers.get(name, ()):
+            leader.followers[name].remove(self)
+        self.followers.pop(name, None)

@@ -1,0 +1,145 @@
+"""Weights that several modules share: which adapters are theirs together, and what a merge does to them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from peftlite.core.hosts import EmbeddingHost, Host, is_borrowed
+from peftlite.core.layer import AdapterLayer
+from peftlite.core.plan import Site
+from peftlite.core.tree import base_model_of, layers, named_layers, places
+from peftlite.core.variant import TunerSpec
+from peftlite.errors import ConfigError, PeftliteWarning
+
+Make = Callable[[TunerSpec, list[str]], list[Site]]
+
+
+# ---- in the plan
+def tied_sites(sites: Sequence[Site], sharers: Callable[[Host], list[str]], make: Make) -> list[Site]:
+    """`sites`, and one for every other module that shares a weight with one of them; all of a weight are one adapter.
+
+    sharers: the paths of all modules that have a host's weight; make: the sites for paths.
+
+    Raises: ConfigError where one adapter cannot be on all of them.
+    """
+    result = {site.path: site for site in sites}
+    found = False
+    for site in sites:
+        paths = [] if site.param is not None else sharers(site.host)
+        if len(paths) < 2 or result[site.path].leader is not None:
+            continue
+        found = True
+        new = [path for path in paths if path not in result]
+        result.update((made.path, made) for made in make(site.tuner, new) if new)
+        group = [result[path] for path in paths]
+        leader = next((member for member in group if isinstance(member.host, EmbeddingHost)), group[0])
+        for member in group:
+            if member is not leader:
+                check_follows(member, leader)
+                result[member.path] = replace(member, leader=leader.path, parameters=0)
+    if not found:
+        warnings.warn(
+            "`ensure_weight_tying` is `True`, and no module that the config names shares its weight with another: it "
+            "has no effect.",
+            PeftliteWarning,
+            stacklevel=5,
+        )
+    return list(result.values())
+
+
+def check_follows(site: Site, leader: Site) -> None:
+    """Refuse what cannot be one adapter.
+
+    Raises: ConfigError.
+    """
+    reason: str | None = f"one gets a {leader.tuner.peft_type} adapter and the other a {site.tuner.peft_type} one"
+    if site.tuner is leader.tuner:
+        reason = site.variant.why_not_follow(site.host, leader.host)
+    if reason is not None:
+        raise ConfigError(
+            f"`ensure_weight_tying` is `True`, and `{leader.path}` and `{site.path}`, which share their weight, cannot "
+            f"have one adapter: {reason}. Nothing was changed."
+        )
+
+
+# ---- when merging
+@dataclass(frozen=True)
+class Use:
+    """A module that has a parameter, or that will have it back when adapters are unmerged."""
+
+    path: str
+    """The module's, or its adapter layer's."""
+    module: nn.Module
+    name: str
+
+    @property
+    def present(self) -> nn.Parameter | None:
+        """The parameter that is there now."""
+        return self.module._parameters.get(self.name)
+
+
+def uses_of(model: nn.Module) -> dict[int, list[Use]]:
+    """The uses of every parameter, by its id; a module in several places counts once."""
+    found: dict[int, list[Use]] = {}
+    seen: set[int] = set()
+    for place in places(base_model_of(model), inside_layers=True):
+        module = place.module
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, AdapterLayer):
+            if module._saved is not None and module._saved.shared:
+                use = Use(place.path, module.get_base_layer(), module.host.param)
+                found.setdefault(id(module._saved.weight), []).append(use)
+            continue
+        inside = isinstance(place.parent, AdapterLayer)
+        path = place.path.rpartition(".")[0] if inside else place.path
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append(Use(path, module, name))
+    return found
+
+
+def note_shared(model: nn.Module) -> dict[int, list[Use]]:
+    """Tell every layer that nothing is merged into whether its weight is shared now; gives who has which."""
+    uses = uses_of(model)
+    for layer in layers(model):
+        if not layer.merged:
+            parameter = layer.host.parameter
+            layer.__dict__["shared_weight"] = len(uses.get(id(parameter), ())) > 1 or is_borrowed(parameter)
+    return uses
+
+
+def untied(
+    model: nn.Module, changed: Collection[AdapterLayer], before: Mapping[int, list[Use]]
+) -> dict[str, list[str]]:
+    """Which of these layers, now that they are merged, share their weight no more, and with whom they did.
+
+    before: who had which parameter.
+    """
+    apart: dict[str, list[str]] = {}
+    for path, layer in named_layers(model):
+        saved = layer._saved
+        if layer in changed and saved is not None and saved.shared:
+            others = [use for use in before.get(id(saved.weight), ()) if use.path != path]
+            unlike = [use.path for use in others if use.present is not layer.host.parameter]
+            apart.update({path: unlike} if unlike else {})
+    return apart
+
+
+def warn_of_untying(apart: Mapping[str, Sequence[str]], for_good: bool) -> None:
+    """Say so."""
+    if not apart:
+        return
+    pairs = [f"`{path}` with {', '.join(f'`{one}`' for one in others)}" for path, others in apart.items()]
+    until = "" if for_good else " until it is unmerged"
+    warnings.warn(
+        f"A weight was shared ({'; '.join(pairs)}); each layer that adapters were merged into has one of its own now"
+        f"{until}. A config with `ensure_weight_tying=True` puts one adapter on all of them.",
+        PeftliteWarning,
+        stacklevel=3,
+    )
