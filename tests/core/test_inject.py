@@ -13,10 +13,11 @@ import peftlite
 from peftlite import LoraConfig
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.tree import layers, named_layers
-from peftlite.errors import (, PeftliteWarning
+from peftlite.errors import (
     AdapterNameError,
     ConfigError,
     NoAdapterError,
+    PeftliteWarning,
     StateError,
     TargetNotFoundError,
     UnsupportedLayerError,
