@@ -175,8 +175,11 @@ class PeftConfig:
         token: str | bool | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        trust_remote_code: bool = False,
     ) -> C:
         """The config in a local directory or a hub repository, as an object of its own class.
+
+        There is no code beside a config, so `trust_remote_code`, which libraries pass on, has no effect.
 
         Raises:
             AdapterFilesNotFoundError: there is no `adapter_config.json`.

@@ -1,0 +1,14 @@
+"""Programs written for `peft`, on the libraries above it, as they are: each runs under the stand-in."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ecosystem.programs import flow
+
+
+@pytest.mark.parametrize(
+    "name", ["trl_sft", "trl_preferences", "sentence_transformer", "diffusion", "accelerated", "adapter_directories"]
+)
+def test_a_flow_runs(name: str) -> None:
+    flow(name)
