@@ -12,6 +12,15 @@ from peftlite import _hooks, errors
 from peftlite.config import register_loader
 
 if TYPE_CHECKING:
+    from peftlite.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
     from peftlite.base_tuner import AdaLoraModel, IA3Model, LoHaModel, LoKrModel, LoraModel, VeraModel
     from peftlite.checkpoint.adapters import load_adapter, save_adapter
     from peftlite.checkpoint.report import LoadReport
@@ -71,6 +80,13 @@ __all__ = [
     "AdaLoraCallback",
     "AdaLoraConfig",
     "AdaLoraModel",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BdLoraConfig",
     "IA3Config",
     "IA3Model",
@@ -133,6 +149,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "peftlite.auto": (
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
     "peftlite.base_tuner": ("AdaLoraModel", "IA3Model", "LoHaModel", "LoKrModel", "LoraModel", "VeraModel"),
     "peftlite.checkpoint.adapters": ("load_adapter", "save_adapter"),
     "peftlite.checkpoint.report": ("LoadReport",),
