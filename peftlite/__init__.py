@@ -51,6 +51,12 @@ if TYPE_CHECKING:
         get_model_status,
         print_trainable_parameters,
     )
+    from peftlite.hotswap import (
+        check_hotswap_configs_compatible,
+        hotswap_adapter,
+        hotswap_adapter_from_state_dict,
+        prepare_model_for_compiled_hotswap,
+    )
     from peftlite.integrations.quantised.training import prepare_model_for_kbit_training
     from peftlite.integrations.transformers.adalora import AdaLoraCallback
     from peftlite.model import (
@@ -114,6 +120,7 @@ __all__ = [
     "VeraModel",
     "active_adapters",
     "add_weighted_adapter",
+    "check_hotswap_configs_compatible",
     "convert_to_lora",
     "delete_adapter",
     "disable_adapter",
@@ -125,6 +132,8 @@ __all__ = [
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "inject",
     "inject_adapter_in_model",
     "load_adapter",
@@ -133,6 +142,7 @@ __all__ = [
     "orthogonal_regularisation",
     "overlay",
     "plan",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "print_trainable_parameters",
     "save_adapter",
@@ -189,6 +199,12 @@ _HOMES = {
         "print_trainable_parameters",
     ),
     "peftlite.integrations.quantised.training": ("prepare_model_for_kbit_training",),
+    "peftlite.hotswap": (
+        "check_hotswap_configs_compatible",
+        "hotswap_adapter",
+        "hotswap_adapter_from_state_dict",
+        "prepare_model_for_compiled_hotswap",
+    ),
     "peftlite.model": (
         "PeftModel",
         "PeftModelForCausalLM",

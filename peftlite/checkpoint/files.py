@@ -26,7 +26,7 @@ from torch import Tensor
 from peftlite.checkpoint import commit
 from peftlite.checkpoint.hub import missing
 from peftlite.checkpoint.keys import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peftlite.checkpoint.tensorfile import MemoryTensors, SafetensorsFile, TensorSource, write_tensors
+from peftlite.checkpoint.tensorfile import MemoryTensors, SafetensorsFile, write_tensors
 from peftlite.errors import CheckpointError
 
 MAX_CONFIG = 4 << 20
@@ -41,7 +41,7 @@ class AdapterFiles:
 
     directory: Path
     config: dict[str, Any]
-    tensors: TensorSource
+    tensors: SafetensorsFile | MemoryTensors
     metadata: dict[str, str]
 
     def __enter__(self) -> AdapterFiles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -292,7 +293,12 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers in a tensor are numbers."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    return bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all())
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    # one pass; a sum of finite numbers may overflow, though
+    return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def apply(staged: Iterable[tuple[Target, Tensor]], undo: Callable[[], None] = lambda: None) -> None:

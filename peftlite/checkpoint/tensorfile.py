@@ -89,6 +89,10 @@ class MemoryTensors:
         """One tensor, in memory of its own."""
         return self._tensors[key].detach().clone(memory_format=torch.contiguous_format)
 
+    def read_all(self) -> dict[str, Tensor]:
+        """All tensors as they are, to be looked at and copied from."""
+        return {key: tensor.detach() for key, tensor in self._tensors.items()}
+
     def close(self) -> None:
         pass
 
@@ -167,21 +171,41 @@ class SafetensorsFile:
         Raises: CheckpointError if the file was cut off since its header was read.
         """
         info = self.infos[key]
-        flat = torch.empty(info.end - info.begin, dtype=torch.uint8)
-        self._file.seek(self._start + info.begin)
+        return _shaped(self._read(info.begin, info.end, shown(key)), info)
+
+    def read_all(self) -> dict[str, Tensor]:
+        """All tensors at once, in one piece of memory that they share, to be looked at and copied from.
+
+        Raises: CheckpointError if the file was cut off since its header was read.
+        """
+        end = max((info.end for info in self.infos.values()), default=0)
+        data = self._read(0, end, "the last tensor")
+        return {key: _shaped(data[info.begin : info.end], info) for key, info in self.infos.items()}
+
+    def _read(self, begin: int, end: int, what: str) -> Tensor:
+        flat = torch.empty(end - begin, dtype=torch.uint8)
+        self._file.seek(self._start + begin)
         view = _bytes(flat)
         while view:
             count = self._file.readinto(view[:_CHUNK])  # type: ignore[attr-defined]
             if not count:
-                raise self._error(f"{shown(key)} was cut off while it was read")
+                raise self._error(f"{what} was cut off while it was read")
             view = view[count:]
-        tensor = flat.view(info.dtype)
-        if sys.byteorder == "big":
-            _swap_bytes(tensor)
-        return tensor.reshape(info.shape)
+        return flat
 
     def close(self) -> None:
         self._file.close()
+
+
+def _shaped(flat: Tensor, info: TensorInfo) -> Tensor:
+    """The tensor that these bytes are; without a copy, but where its place in them is odd."""
+    shares = flat.untyped_storage().nbytes() != flat.nbytes
+    if flat.storage_offset() % info.dtype.itemsize or (shares and sys.byteorder == "big"):
+        flat = flat.clone()
+    tensor = flat.view(info.dtype)
+    if sys.byteorder == "big":
+        _swap_bytes(tensor)
+    return tensor.reshape(info.shape)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -163,8 +163,17 @@ class Slot:
         if isinstance(value, Tensor):
             yield prefix, "", value
             return
-        for attribute, tensor in value.state_dict(keep_vars=True).items():
+        for attribute, tensor in state_of_module(value):
             yield (prefix if self.bare else f"{prefix}.{attribute}".lstrip(".")), attribute, tensor
+
+
+def state_of_module(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """What `module.state_dict(keep_vars=True)` has, without its cost for the usual module that has parameters only."""
+    plain = type(module)._save_to_state_dict is nn.Module._save_to_state_dict
+    if module._modules or module._buffers or module._state_dict_hooks or module._state_dict_pre_hooks or not plain:
+        found: Iterable[tuple[str, Tensor]] = module.state_dict(keep_vars=True).items()
+        return found
+    return [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
 
 
 class Numbers(dict[str, Any]):

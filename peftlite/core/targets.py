@@ -114,6 +114,8 @@ def select(paths: Iterable[str], spec: TargetSpec, *, linear: Collection[str] = 
 def match_pattern(patterns: Iterable[str], path: str) -> str | None:
     """The first pattern that matches the path, or its end after a dot, completely; "^" is where the path begins."""
     names = tuple(patterns)
+    if not names:
+        return None
     index = _index(names)
     found = [*index.plain_matches(path), *index.regular_matches(path)]
     return names[min(found)] if found else None

@@ -96,6 +96,8 @@ def suits(a: View) -> bool:
     """Whether an adapter's parts are of the kinds that `BoundLinear` knows."""
     if type(a.layer.wrapped) is not nn.Linear or not (type(a.lora_A) is type(a.lora_B) is nn.Linear):
         return False
+    if isinstance(a.scaling, Tensor):  # data, so that hotswapping needs no compilation: never read on the host
+        return False
     return a.lora_B.bias is None and type(a.lora_dropout) in (nn.Dropout, nn.Identity)
 
 

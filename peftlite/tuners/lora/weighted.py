@@ -89,7 +89,7 @@ def combine(model: nn.Module, names: Sequence[str], adapter_name: str, recipe: R
     ranks = [layer.r[name] for layer in sources.low_rank.values() for name in sources.on(layer)]
     if recipe.copies(len(names), max(ranks)):
         [name], [config] = names, sources.configs
-        same = fitted(config, {p: (layer.r[name], layer.scaling[name]) for p, layer in sources.low_rank.items()})
+        same = fitted(config, {p: (layer.r[name], float(layer.scaling[name])) for p, layer in sources.low_rank.items()})
         add(model, same, adapter_name, sources, {})
         updates = {path: Update.of(layer, name) for path, layer in sources.low_rank.items()}
         parts = {
@@ -183,4 +183,4 @@ def copied(layer: AdapterLayer, name: str) -> dict[str, Any]:
         container = layer.container(slot.name)
         if name in container:
             values[slot.name] = copy.deepcopy(container[name])
-    return values | {number: layer.__dict__[number][name] for number in layer.tuner.numbers}
+    return values | {number: copy.deepcopy(layer.__dict__[number][name]) for number in layer.tuner.numbers}
