@@ -61,14 +61,15 @@ def invoked(a: View, x: Tensor) -> Tensor:
             "whole model that it was added to, not a part of it."
         )
     tokens = tuple(state.configs[a.name].alora_invocation_tokens)
-    found = call.known.get(tokens)
+    found: Any = call.known.get(tokens)
     if found is None:
         found = call.known[tokens] = Invocation.of(call, tokens)
     if found.tails is None:
         return x.new_zeros((), dtype=torch.bool)
     rows = call.rows_of(a.name)
     tails = found.tails if rows is None else found.tails[rows.to(found.tails.device)]
-    return found.mask(tails.to(x.device), x)
+    mask: Tensor = found.mask(tails.to(x.device), x)
+    return mask
 
 
 class Invocation:

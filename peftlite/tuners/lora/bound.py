@@ -98,7 +98,7 @@ def suits(a: View) -> bool:
         return False
     if isinstance(a.scaling, Tensor):  # data, so that hotswapping needs no compilation: never read on the host
         return False
-    return a.lora_B.bias is None and type(a.lora_dropout) in (nn.Dropout, nn.Identity)
+    return "bias" not in dict(a.lora_B.named_parameters()) and type(a.lora_dropout) in (nn.Dropout, nn.Identity)
 
 
 class BoundLinear:
