@@ -27,6 +27,7 @@ ROOMS = (
     ("model",),
     ("auto",),
     ("integrations",),
+    ("standin",),
     ("as_peft", "cli", "_hooks"),
 )
 CORE = (
@@ -150,6 +151,8 @@ def unplaced(module: str) -> str | None:
 def upward(module: str, target: str) -> str | None:
     """Why `module` may not import `target`, both of peftlite and of known places; None if it may."""
     (room, inner), (target_room, target_inner) = place(module), place(target)
+    if not target_room and room == "as_peft":  # stands in for a whole package: the front door is what it hands out
+        return None
     if not target_room:
         return f"imports the package's front door `{target}` instead of the module that defines the name"
     if target_room != room:
