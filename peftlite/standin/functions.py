@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import peftlite.tuners  # noqa: F401 - makes configs and tuners known
-from peftlite.as_peft.kinds import BaseTunerLayer
 from peftlite.base_tuner import TUNER_MODELS
 from peftlite.checkpoint.files import read_adapter
 from peftlite.checkpoint.hub import HubOptions, resolve
@@ -27,6 +26,7 @@ from peftlite.core.tree import base_model_of, layers
 from peftlite.errors import PeftliteWarning
 from peftlite.model import entry
 from peftlite.model.wrapper import TASK_MODELS
+from peftlite.standin.kinds import BaseTunerLayer
 
 M = TypeVar("M", bound=nn.Module)
 

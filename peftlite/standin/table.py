@@ -29,10 +29,10 @@ _AUTO = (
     "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
 )
 _AUTO_HERE = _at("peftlite.auto", _AUTO)
-_LAYERS = "BaseTunerLayer=peftlite.as_peft.kinds:BaseTunerLayer"
+_LAYERS = "BaseTunerLayer=peftlite.standin.kinds:BaseTunerLayer"
 _WRAPPERS = (
-    "AuxiliaryTrainingWrapper=peftlite.as_peft.kinds:AuxiliaryTrainingWrapper "
-    "ModulesToSaveWrapper=peftlite.as_peft.kinds:ModulesToSaveWrapper"
+    "AuxiliaryTrainingWrapper=peftlite.standin.kinds:AuxiliaryTrainingWrapper "
+    "ModulesToSaveWrapper=peftlite.standin.kinds:ModulesToSaveWrapper"
 )
 _FILES = (
     "CONFIG_NAME=peftlite.checkpoint.keys:CONFIG_NAME WEIGHTS_NAME=peftlite.checkpoint.keys:WEIGHTS_NAME "
@@ -40,9 +40,9 @@ _FILES = (
 )
 _ERRORS = "PeftError=peftlite.errors:PeftliteError NoMatchingPeftModuleError=peftlite.errors:TargetNotFoundError"
 _WARNING = "PeftWarning=peftlite.errors:PeftliteWarning"
-_INJECT = "inject_adapter_in_model=peftlite.as_peft.functions:inject_adapter_in_model"
+_INJECT = "inject_adapter_in_model=peftlite.standin.functions:inject_adapter_in_model"
 _SAVE = (
-    "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights=peftlite.as_peft.functions:load_peft_weights"
+    "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights=peftlite.standin.functions:load_peft_weights"
 )
 _PATTERNS = (
     "INCLUDE_LINEAR_LAYERS_SHORTHAND=peftlite.core.targets:ALL_LINEAR "
@@ -51,7 +51,7 @@ _PATTERNS = (
     "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING=peftlite.integrations.defaults:IA3 "
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=peftlite.integrations.defaults:IA3_FEEDFORWARD"
 )
-_FUNCTIONS = "peftlite.as_peft.functions"
+_FUNCTIONS = "peftlite.standin.functions"
 _OTHER = _at(
     _FUNCTIONS,
     "_freeze_adapter _get_submodules cast_mixed_precision_params fsdp_auto_wrap_policy id_tensor_storage "
@@ -63,14 +63,14 @@ _MAPPINGS = (
     f"PEFT_TYPE_TO_TUNER_MAPPING=peftlite.base_tuner:TUNER_MODELS get_peft_config={_FUNCTIONS}:get_peft_config"
 )
 _ABSENT = _at(
-    "peftlite.as_peft.absent",
+    "peftlite.standin.absent",
     "AdaptionPromptConfig LoftQConfig OFTConfig PeftMixedModel PrefixTuningConfig PromptEncoderConfig "
     "PromptLearningConfig PromptTuningConfig",
 )
 _TYPES = "PeftType TaskType"
-_LORA = "LoraConfig LoraModel LoraRuntimeConfig BdLoraConfig LoftQConfig=peftlite.as_peft.absent:LoftQConfig"
+_LORA = "LoraConfig LoraModel LoraRuntimeConfig BdLoraConfig LoftQConfig=peftlite.standin.absent:LoftQConfig"
 _LORA_LAYERS = " ".join(
-    f"{name}=peftlite.as_peft.kinds:{at}"
+    f"{name}=peftlite.standin.kinds:{at}"
     for name, at in {
         "LoraLayer": "LoraLayer",
         "Linear": "LoraLinear",
@@ -98,7 +98,7 @@ _OPTIMIZERS = _at(
 
 def _tuner(package: str, name: str, kind: str = "") -> dict[str, str]:
     """The modules of one tuner in `peft.tuners`."""
-    layers = f"{kind}=peftlite.as_peft.kinds:{kind}" if kind else ""
+    layers = f"{kind}=peftlite.standin.kinds:{kind}" if kind else ""
     path = f"peft.tuners.{package}"
     config, model = f"{name}Config", f"{name}Model"
     whole = f"{config} {model} {layers}"
@@ -115,7 +115,7 @@ MODULES: Final[dict[str, str]] = {
         )
     ),
     "peft.auto": _AUTO_HERE,
-    "peft.config": "PeftConfig PromptLearningConfig=peftlite.as_peft.absent:PromptLearningConfig",
+    "peft.config": "PeftConfig PromptLearningConfig=peftlite.standin.absent:PromptLearningConfig",
     "peft.functional": (
         f"{_INJECT} {_SAVE} set_requires_grad delete_adapter={_FUNCTIONS}:delete_adapter "
         f"set_adapter={_FUNCTIONS}:set_adapter cast_adapter_dtype={_FUNCTIONS}:cast_adapter_dtype"
@@ -124,7 +124,7 @@ MODULES: Final[dict[str, str]] = {
     "peft.import_utils": _at(_FUNCTIONS, "is_bnb_available is_bnb_4bit_available"),
     "peft.mapping": f"{_INJECT} {_MAPPINGS}",
     "peft.mapping_func": "get_peft_model",
-    "peft.mixed_model": "PeftMixedModel=peftlite.as_peft.absent:PeftMixedModel",
+    "peft.mixed_model": "PeftMixedModel=peftlite.standin.absent:PeftMixedModel",
     "peft.optimizers": _OPTIMIZERS,
     "peft.optimizers.lorafa": _OPTIMIZERS,
     "peft.optimizers.loraplus": _OPTIMIZERS,
@@ -145,7 +145,7 @@ MODULES: Final[dict[str, str]] = {
     **_tuner("loha", "LoHa", "LoHaLayer"),
     **_tuner("lokr", "LoKr", "LoKrLayer"),
     **_tuner("vera", "Vera", "VeraLayer"),
-    "peft.tuners.oft": "OFTConfig=peftlite.as_peft.absent:OFTConfig",
+    "peft.tuners.oft": "OFTConfig=peftlite.standin.absent:OFTConfig",
     "peft.utils": " ".join(
         (_TYPES, _FILES, _WRAPPERS, _SAVE, _OTHER, _PATTERNS, _ERRORS, _WARNING, "prepare_model_for_kbit_training")
     ),

@@ -1,4 +1,4 @@
-"""`python -m peftlite.as_peft script.py args...` runs a program under the stand-in; `--install-hook` is for workers."""
+"""The command `python -m peftlite.as_peft`: it runs a program under the stand-in, or installs the hook for workers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peftlite.config import atomic_path
+from peftlite.standin.finder import install
 
 ENVIRONMENT = "PEFTLITE_AS_PEFT"
 HOOK = f"import os; os.environ.get({ENVIRONMENT!r}) == '1' and __import__('peftlite.as_peft')\n"
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     if first in ("--install-hook", "--remove-hook"):
         print(install_hook() if first == "--install-hook" else remove_hook())
         return 0
+    install()
     os.environ[ENVIRONMENT] = "1"  # for the processes that the program starts, where the hook is installed
     if first == "-m":
         sys.argv[:] = rest
@@ -56,7 +58,3 @@ def remove_hook() -> str:
     """Remove the hook; what was done."""
     hook_path().unlink(missing_ok=True)
     return f"Removed {hook_path()}."
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ import importlib.metadata
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ FIXED: Final = {"diffusers": ("diffusers.utils.import_utils", "_peft_available")
 """Libraries that note once and for all whether there is `peft`: where."""
 REPAIRED: Final = ("transformers.trainer", "transformers.trainer_utils")
 """Modules that get those names afterwards."""
+OURS: Final = (Path(__file__).parent, Path(__file__).parent.parent)
 NAMES: Final = ("PeftModel", "PeftMixedModel")
 
 
@@ -56,7 +58,7 @@ def _advice(library: str) -> str:
 def _asked_at() -> str | None:
     """File and line of the program that asked for the stand-in."""
     for frame in reversed(traceback.extract_stack()):
-        if "importlib" not in frame.filename and not frame.filename.startswith(__file__.rpartition("repair.py")[0]):
+        if "importlib" not in frame.filename and Path(frame.filename).parent not in OURS:
             return f"{frame.filename}, line {frame.lineno}"
     return None
 

@@ -14,11 +14,13 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import peftlite
-from peftlite.as_peft import absent, repair, tolerance
-from peftlite.as_peft.table import MODULES, PEFT_VERSION, names_of
 from peftlite.errors import nearest
+from peftlite.standin import absent, repair, tolerance
+from peftlite.standin.table import MODULES, PEFT_VERSION, names_of
 
 ROOT = "peft"
+OURS = __name__.partition(".")[0]
+"""peftlite's front door: always there, and imported by name only, since it is above."""
 
 
 def install() -> None:
@@ -65,9 +67,9 @@ class Module(ModuleType):
 def home_of(module: str, name: str) -> tuple[str, str]:
     """(module of ours, attribute) of a name of `peft`; two empty strings if there is none."""
     home, attribute = names_of(module).get(name, ("", ""))
-    public = name in peftlite.__all__
+    public = name in sys.modules[OURS].__all__
     if public and (home == absent.__name__ or (module == ROOT and not home)):
-        return peftlite.__name__, name
+        return OURS, name
     return home, attribute
 
 
@@ -92,7 +94,8 @@ class StandIn(DistributionFinder):
             return None
         if fullname not in MODULES:
             raise ImportError(lacking(fullname), name=fullname)
-        return ModuleSpec(fullname, StandInLoader(), origin=f"peftlite ({fullname})", is_package=True)
+        package = any(name.startswith(f"{fullname}.") for name in MODULES)
+        return ModuleSpec(fullname, StandInLoader(), origin=f"peftlite ({fullname})", is_package=package)
 
     def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterable[Distribution]:
         name = None if context is None else context.name
@@ -108,6 +111,7 @@ class StandInLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         names = {name: None for name in names_of(module.__name__)}
         module.__dict__.update(__version__=PEFT_VERSION, __all__=[n for n in names if not n.startswith("_")])
+        module.__dict__["__path__"] = []  # so that a name it lacks is asked of the finder, and the answer says more
         module.__dict__["__peftlite__"] = True
 
     def get_code(self, fullname: str) -> CodeType:
@@ -117,10 +121,6 @@ class StandInLoader(Loader):
     def get_source(self, fullname: str) -> str:
         """The source of the module, which is empty."""
         return ""
-
-    def is_package(self, fullname: str) -> bool:
-        """Every module is a package without files, so that a name it lacks is asked of the finder, and said."""
-        return True
 
 
 class StandInDistribution(Distribution):

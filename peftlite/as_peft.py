@@ -9,10 +9,14 @@ Three ways to ask for it, and nothing else does:
 
 from __future__ import annotations
 
-from peftlite.as_peft.finder import install
-from peftlite.as_peft.repair import StandInError
-from peftlite.as_peft.table import PEFT_VERSION
+import sys
 
-__all__ = ["PEFT_VERSION", "StandInError", "install"]
+from peftlite.standin.command import main
+from peftlite.standin.finder import install
+from peftlite.standin.repair import StandInError
 
+__all__ = ["StandInError", "install"]
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
 install()
