@@ -29,7 +29,7 @@ class Dense:
 class Saved:
     """A base layer's own bytes.
 
-    `shared`: `weight` is the Parameter that other modules use too, to be put back as it is.
+    `shared`: `weight` and `bias` are the Parameters, which other modules use too, to be put back as they are.
     """
 
     weight: Any
@@ -45,6 +45,11 @@ def mark_borrowed(parameter: nn.Parameter) -> None:
 def is_borrowed(parameter: Tensor) -> bool:
     """Whether `parameter` lies on another model's storage. Copies do not, and so have no such mark."""
     return getattr(parameter, "_peftlite_borrowed", False)
+
+
+def copied(parameter: Tensor) -> nn.Parameter:
+    """A Parameter with storage of its own."""
+    return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -66,6 +71,8 @@ class Host:
     batch: int = 0
     """How many leading dimensions of the canonical weight are experts."""
 
+    bias_param: ClassVar[str] = "bias"
+    """What the layer calls its bias."""
     inner: ClassVar[tuple[str, ...]] = ()
     """Children whose weight the module reads without calling them; they are adapted along with it."""
 
@@ -87,7 +94,7 @@ class Host:
     @property
     def bias(self) -> nn.Parameter | None:
         """The layer's bias parameter, where it has one."""
-        return getattr(self.layer, "bias", None)
+        return getattr(self.layer, self.bias_param, None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -136,21 +143,29 @@ class Host:
         return bias if rows == ALL_ROWS else bias[rows]
 
     def save(self, shared: bool = False) -> Saved:
-        """The layer's own bytes; with `shared`, the layer gets a copy and the shared Parameter itself is kept."""
-        bias = None if self.bias is None else self.bias.detach().clone()
+        """The layer's own bytes; with `shared`, the layer gets copies and its Parameters themselves are kept."""
+        weight, bias = self.parameter, self.bias
         if not shared:
-            return Saved(self.parameter.detach().clone(), bias)
-        original = self.parameter
-        setattr(self.layer, self.param, nn.Parameter(original.detach().clone(), original.requires_grad))
-        return Saved(original, bias, shared=True)
+            return Saved(weight.detach().clone(), None if bias is None else bias.detach().clone())
+        saved = Saved(weight, bias, shared=True)
+        self.put_copies(saved)
+        return saved
+
+    def put_copies(self, saved: Saved) -> None:
+        """Give the layer Parameters of its own, equal to those saved."""
+        setattr(self.layer, self.param, copied(saved.weight))
+        if saved.bias is not None:
+            setattr(self.layer, self.bias_param, copied(saved.bias))
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
         """The inverse of `save`, bit for bit."""
         if saved.shared:
             setattr(self.layer, self.param, saved.weight)
-        else:
-            self.parameter.data.copy_(saved.weight)
+            if saved.bias is not None:
+                setattr(self.layer, self.bias_param, saved.bias)
+            return
+        self.parameter.data.copy_(saved.weight)
         if saved.bias is not None and self.bias is not None:
             self.bias.data.copy_(saved.bias)
 
@@ -245,6 +260,7 @@ class AttentionHost(ParamHost):
     """`nn.MultiheadAttention`: in_proj_weight (3 dim, dim) for q, k and v at once, and `out_proj` along with it."""
 
     label = "MultiheadAttention"
+    bias_param = "in_proj_bias"
     inner = ("out_proj",)
 
     def __init__(self, layer: nn.Module, param: str = "in_proj_weight") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -105,9 +106,7 @@ def plan(
     for companion in COMPANIONS:
         sites += make_sites(found, [(path, None) for path in selection.saved], companion.tuner, config)
     if config.to_dict().get("ensure_weight_tying"):
-        sites = tied_sites(
-            sites, found.sharers, lambda kind, paths: make_sites(found, [(p, None) for p in paths], kind, config)
-        )
+        sites = tied_sites(sites, config, found.sharers, partial(make_module_sites, found, config))
     complete(config, tuner, sites, selection, list(found.places))
     return InjectionPlan(base, config, adapter_name, tuple(sites), autocast_adapter_dtype)
 
@@ -177,8 +176,9 @@ class Found:
         return module, name
 
     def shares_weight(self, host: Host) -> bool:
-        """Whether the host's parameter is another module's too, or lies on another model's storage."""
-        return len(self.uses.get(id(host.parameter), ())) > 1 or is_borrowed(host.parameter)
+        """Whether the host's parameter or bias is another module's too, or lies on another model's storage."""
+        own = [host.parameter, *([] if host.bias is None else [host.bias])]
+        return any(len(self.uses.get(id(one), ())) > 1 or is_borrowed(one) for one in own)
 
     def sharers(self, host: Host) -> list[str]:
         """The paths of all modules that have the host's parameter."""
@@ -280,6 +280,11 @@ def make_sites(found: Found, wanted: Iterable[Wanted], tuner: TunerSpec, config:
             "Name other modules in `target_modules`, or these in `exclude_modules`. Nothing was changed."
         )
     return sites
+
+
+def make_module_sites(found: Found, config: PeftConfig, tuner: TunerSpec, paths: Iterable[str]) -> list[Site]:
+    """One site per module."""
+    return make_sites(found, [(path, None) for path in paths], tuner, config)
 
 
 def host_at(module: nn.Module, param: str | None) -> Host | None:

@@ -64,17 +64,25 @@ class PackedHost(Host):
     @torch.no_grad()
     def write(self, new: Dense, rows: slice = ALL_ROWS) -> None:
         self.hold(self.pack(new.weight.contiguous(), self.held()))
-        if new.bias is not None and self.bias is not None:
-            self.bias.data = new.bias.to(self.bias.dtype)
+        old = self.bias
+        if new.bias is not None and old is not None:
+            bias = new.bias.to(old.dtype, copy=True)
+            self.hold_bias(nn.Parameter(bias, old.requires_grad) if isinstance(old, nn.Parameter) else bias)
 
     def save(self, shared: bool = False) -> Saved:
-        return Saved(self.held(), None if self.bias is None else self.bias.detach().clone())
+        return Saved(self.held(), self.bias)
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
         self.hold(self.moved(saved.weight))
         if saved.bias is not None and self.bias is not None:
-            self.bias.data = saved.bias.to(self.bias.device)  # its own dtype too: some layers cast theirs in forward
+            if saved.bias.device != self.bias.device:
+                saved.bias.data = saved.bias.data.to(self.bias.device)
+            self.hold_bias(saved.bias)
+
+    def hold_bias(self, bias: Tensor) -> None:
+        """Make the layer have this bias, a Parameter or not, as it was."""
+        setattr(self.layer, self.bias_param, bias)
 
     def dense_layer(self, dtype: torch.dtype) -> nn.Module:
         """The same layer, not quantised. weight: (out, in)."""

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from peftlite.core.hosts import Saved
 from peftlite.core.merging import MergingLayer
 
@@ -32,8 +30,7 @@ class TiedLayer(MergingLayer):
 
     def set_merged(self, names: Sequence[str]) -> None:
         if self._saved is None and self.leader_of(names) is not None:  # no copy: the leader has one
-            bias = None if self.host.bias is None else self.host.bias.detach().clone()
-            self.__dict__["_saved"] = Saved(self.host.parameter, bias, shared=True)
+            self.__dict__["_saved"] = Saved(self.host.parameter, self.host.bias, shared=True)
         super().set_merged(names)
 
     def _write_merged(self, names: list[str]) -> None:
@@ -43,8 +40,7 @@ class TiedLayer(MergingLayer):
             self.__dict__.update(merged_adapters=names, merge_error=None)
             return
         if names and saved.shared and (self.leaders or self.followers):  # others may have taken over the present one
-            fresh = nn.Parameter(saved.weight.detach().clone(), saved.weight.requires_grad)
-            setattr(self.host.layer, self.host.param, fresh)
+            self.host.put_copies(saved)
         super()._write_merged(names)
 
     def untie(self, name: str) -> None:

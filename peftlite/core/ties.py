@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from peftlite.config import PeftConfig
 from peftlite.core.hosts import EmbeddingHost, Host, is_borrowed
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import Site
@@ -19,7 +20,9 @@ Make = Callable[[TunerSpec, list[str]], list[Site]]
 
 
 # ---- in the plan
-def tied_sites(sites: Sequence[Site], sharers: Callable[[Host], list[str]], make: Make) -> list[Site]:
+def tied_sites(
+    sites: Sequence[Site], config: PeftConfig, sharers: Callable[[Host], list[str]], make: Make
+) -> list[Site]:
     """`sites`, and one for every other module that shares a weight with one of them; all of a weight are one adapter.
 
     sharers: the paths of all modules that have a host's weight; make: the sites for paths.
@@ -39,7 +42,7 @@ def tied_sites(sites: Sequence[Site], sharers: Callable[[Host], list[str]], make
         leader = next((member for member in group if isinstance(member.host, EmbeddingHost)), group[0])
         for member in group:
             if member is not leader:
-                check_follows(member, leader)
+                check_follows(member, leader, config)
                 result[member.path] = replace(member, leader=leader.path, parameters=0)
     if not found:
         warnings.warn(
@@ -51,14 +54,14 @@ def tied_sites(sites: Sequence[Site], sharers: Callable[[Host], list[str]], make
     return list(result.values())
 
 
-def check_follows(site: Site, leader: Site) -> None:
+def check_follows(site: Site, leader: Site, config: PeftConfig) -> None:
     """Refuse what cannot be one adapter.
 
     Raises: ConfigError.
     """
     reason: str | None = f"one gets a {leader.tuner.peft_type} adapter and the other a {site.tuner.peft_type} one"
     if site.tuner is leader.tuner:
-        reason = site.variant.why_not_follow(site.host, leader.host)
+        reason = site.variant.why_not_follow(site.host, leader.host, config)
     if reason is not None:
         raise ConfigError(
             f"`ensure_weight_tying` is `True`, and `{leader.path}` and `{site.path}`, which share their weight, cannot "
@@ -109,8 +112,8 @@ def note_shared(model: nn.Module) -> dict[int, list[Use]]:
     uses = uses_of(model)
     for layer in layers(model):
         if not layer.merged:
-            parameter = layer.host.parameter
-            layer.__dict__["shared_weight"] = len(uses.get(id(parameter), ())) > 1 or is_borrowed(parameter)
+            own = [tensor for tensor in (layer.host.parameter, layer.host.bias) if tensor is not None]
+            layer.__dict__["shared_weight"] = any(len(uses.get(id(one), ())) > 1 or is_borrowed(one) for one in own)
     return uses
 
 

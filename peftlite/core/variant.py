@@ -67,7 +67,7 @@ class Variant:
         """The adapted weight and bias; pure and differentiable. `dense` holds the rows asked for."""
         raise NotImplementedError(type(self).__name__)
 
-    def why_not_follow(self, host: Host, leader: Host) -> str | None:
+    def why_not_follow(self, host: Host, leader: Host, config: Any) -> str | None:
         """Why an adapter on `leader` cannot be one on `host` too, which shares its weight, or None if it can."""
         return "its method does not say how"
 

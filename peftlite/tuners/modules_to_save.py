@@ -37,7 +37,7 @@ class ModulesToSave(Variant):
         copied = without_memory if at.device.type == "meta" else copy.deepcopy
         return {"modules_to_save": copied(host.layer)}
 
-    def why_not_follow(self, host: Host, leader: Host) -> str | None:
+    def why_not_follow(self, host: Host, leader: Host, config: Any) -> str | None:
         return None
 
     def follow(self, host: Host, leader: View) -> dict[str, Any]:

@@ -141,6 +141,23 @@ def test_a_tied_weight_is_merged_into_a_copy_and_tied_again(target: str) -> None
 
 
 # ---- an overlay leaves the base alone
+def test_biases_that_are_shared_are_not_merged_into() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    wanted = LoraConfig(target_modules=["0"], lora_bias=True, init_lora_weights=False)
+    for other in (peftlite.overlay(model), model):
+        bias = other[1].bias
+        peftlite.inject(other, wanted)
+        peftlite.merge_adapter(other)
+        assert not torch.equal(other[0].bias, before[1])
+        assert torch.equal(other[1].bias, before[1])
+        peftlite.unmerge_adapter(other)
+        assert other[0].bias is bias
+    now = [layer.get_parameter(name) for layer in (model[0].base_layer, model[1]) for name in ("weight", "bias")]
+    assert all(torch.equal(one, other) for one, other in zip(now, [*before, before[1]], strict=True))
+
+
 def test_an_overlay_never_changes_its_original() -> None:
     model, inputs = tiny("llama"), batch("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -50,8 +50,10 @@ class Lora(Additive):
             "scaling": site.scaling,
         }
 
-    def why_not_follow(self, host: Host, leader: Host) -> str | None:
-        return tied.why_not_follow(host, leader) if type(self) is Lora else f"{type(self).__name__} has no such form"
+    def why_not_follow(self, host: Host, leader: Host, config: Any) -> str | None:
+        if type(self) is not Lora or config.lora_bias:
+            return f"{'`lora_bias`' if type(self) is Lora else type(self).__name__} has no such form"
+        return tied.why_not_follow(host, leader)
 
     def follow(self, host: Host, leader: View) -> dict[str, Any]:
         own = {name: getattr(leader, name) for name in ("r", "lora_alpha", "scaling")}
