@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         inject_adapter_in_model,
         wrap,
     )
+    from peftlite.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
     from peftlite.tuners.adalora.allocation import orthogonal_regularisation, update_and_allocate
     from peftlite.tuners.adalora.config import AdaLoraConfig
     from peftlite.tuners.combine import add_weighted_adapter
@@ -122,6 +123,8 @@ __all__ = [
     "add_weighted_adapter",
     "check_hotswap_configs_compatible",
     "convert_to_lora",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
     "delete_adapter",
     "disable_adapter",
     "disable_adapters",
@@ -219,6 +222,7 @@ _HOMES = {
     ),
     "peftlite.tuners.combine": ("add_weighted_adapter",),
     "peftlite.integrations.transformers.adalora": ("AdaLoraCallback",),
+    "peftlite.optimizers": ("create_lorafa_optimizer", "create_loraplus_optimizer"),
     "peftlite.tuners.adalora.allocation": ("orthogonal_regularisation", "update_and_allocate"),
     "peftlite.tuners.adalora.config": ("AdaLoraConfig",),
     "peftlite.tuners.ia3": ("IA3Config",),
