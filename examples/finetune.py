@@ -25,7 +25,14 @@ import transformers
 from small_llama import FAST, Recipe, base_model, python_sources
 from torch import Tensor, nn
 from training import Scores, UserError, blocks_of, make_trainer, scores, split
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from peftlite import LoraConfig, PeftModel, get_peft_model
 from peftlite.errors import PeftliteError
@@ -51,10 +58,11 @@ def fine_tune(options: argparse.Namespace) -> None:
     recipe = FAST if options.fast else Recipe()
     source = options.model or str(base_model(recipe, options.seed, options.cache or output))
 
+    check_context(load(AutoConfig, source), options.block_size)
     tokenizer = load(AutoTokenizer, source)
     train, held_out = blocks_of(texts, tokenizer, options.block_size)
     set_seed(options.seed)
-    model = get_peft_model(load_model(source, options.block_size), lora_config(options))
+    model = get_peft_model(load(AutoModelForCausalLM, source), lora_config(options))
     print(f"\nadapter: rank {options.rank}, for {len(train)} blocks of {options.block_size} tokens; ", end="")
     model.print_trainable_parameters()
 
@@ -99,7 +107,7 @@ def read_texts(path: Path) -> list[str]:
     if path.suffix not in {".txt", ".jsonl"}:
         raise UserError(f"--data `{path}` ends in neither .txt nor .jsonl")
     try:
-        content = path.read_text("utf-8")
+        content = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data `{path}` cannot be read: {error}") from error
     if not content.strip():
@@ -131,12 +139,10 @@ def load(kind: Any, source: str) -> Any:
         raise UserError(f"--model `{source}` cannot be loaded: {error}") from error
 
 
-def load_model(source: str, block_size: int) -> PreTrainedModel:
-    model = load(AutoModelForCausalLM, source)
-    longest = getattr(model.config, "max_position_embeddings", None)
+def check_context(config: PretrainedConfig, block_size: int) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and longest < block_size:
         raise UserError(f"--block-size `{block_size}`: this model reads at most {longest} tokens at once")
-    return model
 
 
 # --- what the user sees -------------------------------------------------------------------------------------------
