@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from peftlite.base_tuner import AdaLoraModel, IA3Model, LoHaModel, LoKrModel, LoraModel, VeraModel
     from peftlite.checkpoint.adapters import load_adapter, save_adapter
+    from peftlite.checkpoint.attention import double_out_proj
     from peftlite.checkpoint.report import LoadReport
     from peftlite.checkpoint.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
     from peftlite.config import PeftConfig, PeftType, TaskType
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         get_model_status,
         print_trainable_parameters,
     )
+    from peftlite.helpers import check_if_peft_model, disable_input_dtype_casting, rescale_adapter_scale
     from peftlite.hotswap import (
         check_hotswap_configs_compatible,
         hotswap_adapter,
@@ -122,12 +124,15 @@ __all__ = [
     "active_adapters",
     "add_weighted_adapter",
     "check_hotswap_configs_compatible",
+    "check_if_peft_model",
     "convert_to_lora",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "delete_adapter",
     "disable_adapter",
     "disable_adapters",
+    "disable_input_dtype_casting",
+    "double_out_proj",
     "enable_adapters",
     "errors",
     "extract_lora",
@@ -148,6 +153,7 @@ __all__ = [
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "print_trainable_parameters",
+    "rescale_adapter_scale",
     "save_adapter",
     "save_as_lora",
     "scale_adapter",
@@ -173,6 +179,7 @@ _HOMES = {
     ),
     "peftlite.base_tuner": ("AdaLoraModel", "IA3Model", "LoHaModel", "LoKrModel", "LoraModel", "VeraModel"),
     "peftlite.checkpoint.adapters": ("load_adapter", "save_adapter"),
+    "peftlite.checkpoint.attention": ("double_out_proj",),
     "peftlite.checkpoint.report": ("LoadReport",),
     "peftlite.checkpoint.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "peftlite.config": ("PeftConfig", "PeftType", "TaskType"),
@@ -202,6 +209,7 @@ _HOMES = {
         "print_trainable_parameters",
     ),
     "peftlite.integrations.quantised.training": ("prepare_model_for_kbit_training",),
+    "peftlite.helpers": ("check_if_peft_model", "disable_input_dtype_casting", "rescale_adapter_scale"),
     "peftlite.hotswap": (
         "check_hotswap_configs_compatible",
         "hotswap_adapter",

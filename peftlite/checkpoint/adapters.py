@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlite.checkpoint.attention import metadata_of, warn_of_doubling
 from peftlite.checkpoint.card import Card, write_card
 from peftlite.checkpoint.convert import plain_lora, portable
 from peftlite.checkpoint.files import read_adapter, write_adapter
@@ -84,7 +85,8 @@ def save_adapter(
         return
     place = Path(save_directory)
     for name, (config, tensors) in files.items():
-        write_adapter(place if name == DEFAULT else place / name, config.to_json(), tensors)
+        directory = place if name == DEFAULT else place / name
+        write_adapter(directory, config.to_json(), tensors, metadata_of(model, name))
     if files:
         write_card(place, card_of(model, next(iter(files.values()))[0]))
 
@@ -161,9 +163,12 @@ def load_adapter(
         loader = Loader(model, adapter_name, chosen, source, f"The adapter in `{place}`", strict)
         state = find_state(model)
         if state is not None and adapter_name in state.configs:
-            return loader.overwrite(is_trainable)
-        device = None if torch_device is None else torch.device(torch_device)
-        return loader.add(is_trainable, autocast_adapter_dtype, device)
+            report = loader.overwrite(is_trainable)
+        else:
+            device = None if torch_device is None else torch.device(torch_device)
+            report = loader.add(is_trainable, autocast_adapter_dtype, device)
+        warn_of_doubling(model, adapter_name, files.metadata)
+        return report
 
 
 class Renamed:
