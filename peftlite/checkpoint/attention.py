@@ -59,11 +59,11 @@ def warn_of_doubling(model: nn.Module, name: str, metadata: Mapping[str, str]) -
     """Say that a loaded adapter may have been trained with the effect on `out_proj` doubled."""
     paths = [path for path, _ in projections(model, name)]
     if paths and not MARK.items() <= metadata.items():
-        more = " ..." if len(paths) > 3 else ""
+        listed = ", ".join(f"`{path}`" for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
         warnings.warn(
-            f"Adapter `{name}` is on layers of `nn.MultiheadAttention` ({', '.join(f'`{p}`' for p in paths[:3])}{more}). "
-            f"If PEFT trained it, which applies its `out_proj` twice, call `peftlite.double_out_proj(model, {name!r})` "
-            "now, so that its outputs are the same here.",
+            f"Adapter `{name}` is on layers of `nn.MultiheadAttention` ({listed}). If PEFT trained it, which "
+            f"applies its `out_proj` twice, call `peftlite.double_out_proj(model, {name!r})` now, so that its outputs are "
+            "the same here.",
             PeftliteWarning,
             stacklevel=3,
         )
