@@ -62,7 +62,7 @@ def warn_of_doubling(model: nn.Module, name: str, metadata: Mapping[str, str]) -
         listed = ", ".join(f"`{path}`" for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
         warnings.warn(
             f"Adapter `{name}` is on layers of `nn.MultiheadAttention` ({listed}). If PEFT trained it, which "
-            f"applies its `out_proj` twice, call `peftlite.double_out_proj(model, {name!r})` now, so that its outputs are "
+            f"applies its `out_proj` twice, call `peftlite.double_out_proj(model, {name!r})` now, so that outputs are "
             "the same here.",
             PeftliteWarning,
             stacklevel=3,
