@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from peftlite.checks import check_choice
+from peftlite.checks import check_choice, check_number
 from peftlite.config import PeftConfig
-from peftlite.core.lifecycle import state_of
-from peftlite.core.tree import base_model_of, layers
-from peftlite.errors import PeftliteError
+from peftlite.core.binding import rebind
+from peftlite.core.lifecycle import merged_adapters, state_of
+from peftlite.core.tree import base_model_of, find_state, layers
+from peftlite.errors import PeftliteError, StateError
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
@@ -28,32 +29,61 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Inside the `with` block all adapters act `multiplier` times as strongly; afterwards as before.
+    """Inside the `with` block, the scalings of all adapters of `model` are multiplied; afterwards they are as before.
 
-    Raises: NoAdapterError, StateError if adapters are merged.
+    Raises: ConfigError if `multiplier` is not a finite number, StateError if an adapter is merged or none has a
+    scaling, NoAdapterError.
     """
-    state_of(model)
-    before = [(layer.scaling, dict(layer.scaling)) for layer in layers(model) if "scaling" in layer.__dict__]
+    factor, state = float(check_number("multiplier", multiplier)), state_of(model)
+    found: list[tuple[Any, str, Any]] = [
+        (layer.scaling, name, scaling)
+        for layer in layers(model)
+        if "scaling" in layer.tuner.numbers
+        for name, scaling in list(layer.scaling.items())
+    ]
+    if not found:
+        raise StateError("The methods of this model's adapters have no scaling. Nothing was changed.")
+    merged = merged_adapters(model)
+    if merged:
+        raise StateError(f"Adapter `{merged[0]}` is merged: call `unmerge_adapter` first. Nothing was changed.")
+    before = [scaling.clone() if isinstance(scaling, Tensor) else scaling for _, _, scaling in found]
     try:
-        for scaling, values in before:
-            for name, value in values.items():
-                scaling[name] = value * multiplier
+        for scalings, name, scaling in found:
+            put(scalings, name, scaling * factor)
+        rebind(model, state)
         yield
     finally:
-        for scaling, values in before:
-            for name, value in values.items():
-                if scaling[name] != value:
-                    scaling[name] = value
+        for (scalings, name, _), scaling in zip(found, before, strict=True):
+            if name in scalings:
+                put(scalings, name, scaling)
+        rebind(model, state)
+
+
+def put(scalings: Any, name: str, value: Any) -> None:
+    """Write a scaling; one that is a tensor in place, since compiled code reads it."""
+    if isinstance(scalings[name], Tensor):
+        scalings[name].copy_(value)
+    else:
+        scalings[name] = value
 
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Inside the `with` block inputs reach adapters as they are.
+    """Inside the `with` block, LoRA's factors are given the layers' inputs in the dtype that those have.
 
-    An adapter here casts its input to the dtype that its weights have at that moment, so that weights which hooks cast
-    for a call need no such block: there is nothing to switch off, and this is for code that was written for PEFT.
+    Else they get them in the factors' own dtype, which is not the one to compute in where hooks change it for each
+    call, as layerwise casting does. Of a model without adapters nothing changes.
     """
-    yield
+    state = find_state(model)
+    if state is None or not active:
+        yield
+        return
+    before = state.cast_inputs
+    state.cast_inputs = False
+    try:
+        yield
+    finally:
+        state.cast_inputs = before
 
 
 def update_forward_signature(model: nn.Module) -> None:

@@ -35,6 +35,8 @@ class AdapterState:
         self.active: tuple[str, ...] = ()
         self.trainable: frozenset[str] = frozenset()
         self.enabled = True
+        self.cast_inputs = True
+        """Whether factors are given the layers' inputs in their own dtype, where that is another."""
         self.plans: dict[tuple[str, ...], tuple[Any, ...]] = {}
         self.shared: dict[str, BufferSlot] = {}
         """Slot -> the tensors of adapters that all layers share: the same container in every layer."""

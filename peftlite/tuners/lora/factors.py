@@ -45,7 +45,7 @@ def outer(host: Host, a: View, rows: slice) -> Tensor:
 @singledispatch
 def entering(host: Host, a: View, x: Tensor) -> Tensor:
     """What the first factor is given for the layer's input x: in the factors' dtype, after dropout."""
-    entered: Tensor = a.lora_dropout(x.to(a.lora_A.weight.dtype))
+    entered: Tensor = a.lora_dropout(x.to(a.lora_A.weight.dtype) if a.layer.state.cast_inputs else x)
     return entered
 
 
