@@ -13,7 +13,6 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-import peftlite
 from peftlite.errors import nearest
 from peftlite.standin import absent, repair, tolerance
 from peftlite.standin.table import MODULES, PEFT_VERSION, names_of
