@@ -404,6 +404,32 @@ def test_where_peft_is_right_so_are_we(fields: dict[str, Any], weights: list[flo
     same_update(both, 2e-5)
 
 
+FAULTS: dict[str, tuple[dict[str, Any], list[float], str]] = {
+    "linear has cross terms": ({"r": 3}, [1.0, 1.0], "linear"),
+    "svd cuts silently": ({"r": 3}, [1.0, 1.0], "svd"),
+    "rsLoRA": ({"use_rslora": True}, [1.0], "cat"),
+    "lora_bias": ({"lora_bias": True}, [1.0], "cat"),
+    "DoRA": ({"use_dora": True}, [1.0], "cat"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_where_peft_is_wrong_we_are_not(fault: str) -> None:
+    fields, weights, type_ = FAULTS[fault]
+    both = twins("opt", target_modules=["q_proj", "v_proj"], **fields)
+    both.add("other", target_modules=["q_proj", "v_proj"], **fields)
+    names = ["default", "other"][: len(weights)]
+    for model in (both.ours, both.theirs):
+        model.add_weighted_adapter(names, weights, "new", type_)
+    both.ours.set_adapter(names)  # both active: the sum, by definition
+    wanted = both.outputs()[0]
+    both.ours.set_adapter("new")
+    both.theirs.set_adapter("new")
+    ours, theirs = both.outputs()
+    assert off(ours, wanted) < 1e-6
+    assert off(theirs, wanted) > 1e-2
+
+
 # ---- (IA)^3
 def test_scales_of_ia3_are_summed_as_in_peft() -> None:
     fields: dict[str, Any] = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
