@@ -66,7 +66,7 @@ def fine_tune(options: argparse.Namespace) -> None:
     print(f"\nadapter: rank {options.rank}, for {len(train)} blocks of {options.block_size} tokens; ", end="")
     model.print_trainable_parameters()
 
-    trainer = make_trainer(model, train, held_out, output, options.steps, options.lr, options.seed)
+    trainer = make_trainer(model, train, held_out, output, options.steps, learning_rate(options), options.seed)
     base = scores(trainer, held_out)  # a fresh adapter changes nothing: this is the base model
     trainer.train()
     adapted = scores(trainer, held_out)
@@ -85,6 +85,12 @@ def fine_tune(options: argparse.Namespace) -> None:
 def lora_config(options: argparse.Namespace) -> LoraConfig:
     rank = options.rank
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=options.target_modules, task_type="CAUSAL_LM")
+
+
+def learning_rate(options: argparse.Namespace) -> float:
+    """What was asked for; else high for the small Llama, and for a model of billions what LoRA's users found safe."""
+    default = 2e-4 if options.model else 5e-3
+    return default if options.lr is None else float(options.lr)
 
 
 def opening(text: str) -> str:
@@ -181,12 +187,13 @@ def plot(log: Sequence[dict[str, float]], base: Scores, path: Path) -> None:
     """Training and held-out loss over the steps, the base model's held-out loss as a line."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.axhline(base.loss, color="0.4", linestyle="--", label=f"base model, held-out text: {base.loss:.2f}")
+    start = {"step": 0, "eval_loss": base.loss}  # a fresh adapter changes nothing
     for key, text, style in (("loss", "training", {"alpha": 0.6}), ("eval_loss", "held-out", {"marker": "o"})):
-        entries = [entry for entry in log if key in entry]
+        entries = [entry for entry in (start, *log) if key in entry]
         steps, losses = [entry["step"] for entry in entries], [entry[key] for entry in entries]
         axes.plot(steps, losses, label=f"with the adapter, {text} text: {losses[-1]:.2f}", **style)
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title="LoRA fine-tuning")
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=0, right=1.02 * steps[-1])
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -237,7 +244,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cache", metavar="DIR", type=Path, help="where the small Llama is kept for later runs (the output directory)")
     add("--steps", type=positive, default=400, help="optimiser steps of the fine-tuning (%(default)s)")
     add("--rank", type=positive, default=16, help="rank of the adapter (%(default)s)")
-    add("--lr", type=float, default=5e-3, help="learning rate of the fine-tuning (%(default)s)")
+    add("--lr", type=float, help="learning rate of the fine-tuning (0.005 for the small Llama, 0.0002 for your model)")
     add("--block-size", type=positive, default=128, help="tokens that the model sees at once (%(default)s)")
     add("--target-modules", default="all-linear", help="regex of the layers to adapt (%(default)s)")
     add("--prompt", help="what the samples continue (without: the start of held-out text, or `def `)")

@@ -109,6 +109,13 @@ def test_your_own_model_and_text(
     assert opening in held_out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [([], 5e-3), (["--model", "mine"], 2e-4), (["--model", "mine", "--lr", "0.01"], 0.01)]
+)
+def test_a_model_of_yours_learns_at_a_careful_rate(finetune: Any, arguments: list[str], expected: float) -> None:
+    assert finetune.learning_rate(finetune.parse(arguments)) == expected
+
+
 def test_the_script_runs_as_a_command(tmp_path: Path) -> None:
     line = [sys.executable, str(EXAMPLES / "finetune.py"), "--data", "absent.txt"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
