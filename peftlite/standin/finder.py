@@ -18,6 +18,8 @@ from peftlite.standin import absent, repair, tolerance
 from peftlite.standin.table import MODULES, PEFT_VERSION, names_of
 
 ROOT = "peft"
+GATHERING = (ROOT, "peft.tuners", "peft.tuners.lora", "peft.utils")
+"""Modules that have every public name of peftlite too."""
 OURS = __name__.partition(".")[0]
 """peftlite's front door: always there, and imported by name only, since it is above."""
 
@@ -67,7 +69,7 @@ def home_of(module: str, name: str) -> tuple[str, str]:
     """(module of ours, attribute) of a name of `peft`; two empty strings if there is none."""
     home, attribute = names_of(module).get(name, ("", ""))
     public = name in sys.modules[OURS].__all__
-    if public and (home == absent.__name__ or (module == ROOT and not home)):
+    if public and (home == absent.__name__ or (module in GATHERING and not home)):
         return OURS, name
     return home, attribute
 

@@ -6,11 +6,18 @@ import os
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 FLOWS = Path(__file__).parent / "flows"
 Done = subprocess.CompletedProcess[str]
+needs_libraries = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("datasets", "diffusers", "sentence_transformers", "trl")),
+    reason="the tested versions of these libraries need Python 3.11",
+)
 QUIET = ["-W", "ignore:The real `peft`"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from peftlite.standin.table import MODULES, names_of
-from tests.ecosystem.programs import QUIET, program, run
+from tests.ecosystem.programs import QUIET, needs_libraries, program, run
 
 IMPORT_LISTS = {
     "transformers": """
@@ -61,6 +61,7 @@ def test_nothing_is_active_unless_asked() -> None:
     )
 
 
+@needs_libraries
 def test_names_objects_versions_and_pickles() -> None:
     program(
         """
@@ -175,6 +176,7 @@ NO_PEFT = """
     """
 
 
+@needs_libraries
 def test_too_late_for_diffusers() -> None:
     done = program(NO_PEFT, "import diffusers.utils\ndel sys.modules['peft']\nimport peftlite.as_peft", ok=False)
     assert "`diffusers` is imported already, and has noted that there is no `peft`" in done.stderr

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.ecosystem.programs import flow
+from tests.ecosystem.programs import flow, needs_libraries
 
 
+@needs_libraries
 @pytest.mark.parametrize(
     "name", ["trl_sft", "trl_preferences", "sentence_transformer", "diffusion", "accelerated", "adapter_directories"]
 )
