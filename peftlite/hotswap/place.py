@@ -15,7 +15,7 @@ from peftlite.tuners.lora.dora import Dora
 from peftlite.tuners.lora.lowrank import LowRank
 from peftlite.tuners.lora.plain import Lora
 from peftlite.tuners.lora.stacks import names_of, padded, stack_of, stored, times
-from peftlite.tuners.lora.start import Shifted, start_of
+from peftlite.tuners.lora.start import Mica, Shifted, start_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Place:
     def prepared(self) -> bool:
         """Whether its tensors and its scaling are to be written in place."""
         return isinstance(self.layer.scaling[self.name], Tensor)
+
+    @property
+    def can_be_padded(self) -> bool:
+        """Whether rows and columns of zeros change nothing."""
+        return type(self.layer.variants[self.name]) in (Lora, Shifted, Mica, Dora) and not self.started
 
     @property
     def started(self) -> bool:
@@ -57,8 +62,8 @@ class Place:
                 f"`target_rank` is `{rank}`, and adapter `{self.name}` needs at least {least} on `{self.path}`. "
                 "Nothing was changed."
             )
-        kind = type(self.layer.variants[self.name])
-        if kind not in (Lora, Shifted, Dora) or self.started:
+        if not self.can_be_padded:
+            kind = type(self.layer.variants[self.name])
             raise ConfigError(
                 f"Adapter `{self.name}` is {kind.__name__} on `{self.path}`, whose rank cannot be changed. Nothing was "
                 "changed."
@@ -93,5 +98,5 @@ def resize(layer: AdapterLayer, name: str) -> None:
         module: Any = layer.container(slot)._modules.get(name)
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
-        elif module is not None:
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups

@@ -234,7 +234,7 @@ class Swap:
         held, each = A[0] // depth(host), new.rank_for(path) // times(host)
         wanted = {down: (A[0] // held * each, *A[1:]), up: (B[0], B[1] // held * each, *B[2:])}
         check_fits(path, step, infos, wanted)
-        if each < held and place.prepared:
+        if each < held and place.prepared and place.can_be_padded:
             step.padded, each = held, held
         elif each != held:
             step.replaced = True

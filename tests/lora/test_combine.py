@@ -197,6 +197,10 @@ def values_for_peft(config: LoraConfig) -> dict[str, Any]:
         {"lora_bias": True},
         {"use_dora": True},
         {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "mica"},
+        {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2}},
+        {"use_qalora": True, "qalora_group_size": 4},
+        {"alora_invocation_tokens": [5, 6]},
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 5}},
         {"modules_to_save": ["lm_head"], "lora_dropout": 0.1},
         {"target_modules": r".*\.1\..*(q|v)_proj"},
@@ -256,8 +260,19 @@ def test_a_scaled_adapter_counts_as_scaled() -> None:
     assert off(delta(model, "sum"), delta(model, "a") + delta(model, "b")) < 1e-7
 
 
-def test_what_begins_away_from_zero_counts_as_what_it_adds() -> None:
-    model = on_kind("linear", {**PLAIN, "init_lora_weights": "pissa"}, OTHER)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "mica"},
+        {"use_bdlora": {"target_modules_bd_a": ["layer"], "nblocks": 2}},
+        {"use_qalora": True, "qalora_group_size": 4},
+    ],
+    ids=str,
+)
+def test_variants_count_as_what_they_add(fields: dict[str, Any]) -> None:
+    model = on_kind("linear", {**PLAIN, **fields}, OTHER)
     add_weighted_adapter(model, ["a", "b"], WEIGHTS, "sum")
     assert off(delta(model, "sum"), WEIGHTS[0] * delta(model, "a") + WEIGHTS[1] * delta(model, "b")) < 1e-6
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import peftlite
 from peftlite import (
+    AdaLoraConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
@@ -32,18 +33,22 @@ METHODS: dict[str, Any] = {
     "lokr": lambda **more: LoKrConfig(r=2, **more),
     "vera": lambda **more: VeraConfig(r=4, **more),
     "ia3": lambda **more: IA3Config(feedforward_modules=[], **more),
+    "adalora": lambda **more: AdaLoraConfig(init_r=3, target_r=2, total_step=10, **more),
+    "mica": lambda **more: LoraConfig(r=2, init_lora_weights="mica", **more),
+    "bdlora": lambda **more: LoraConfig(r=2, use_bdlora={"target_modules_bd_a": ["layer"], "nblocks": 2}, **more),
+    "qalora": lambda **more: LoraConfig(r=2, use_qalora=True, qalora_group_size=4, **more),
     "dora": lambda **more: LoraConfig(r=2, use_dora=True, **more),
     "rslora": lambda **more: LoraConfig(r=4, use_rslora=True, **more),
     "lora_bias": lambda **more: LoraConfig(r=2, lora_bias=True, **more),
     "pissa": lambda **more: LoraConfig(r=2, init_lora_weights="pissa", **more),
 }
-LINEAR_ONLY = ("vera", "pissa")
+LINEAR_ONLY = ("vera", "pissa", "mica", "bdlora", "qalora")
 CASES = [
     pytest.param(method, kind, id=f"{method}-{kind}")
     for method in METHODS
     for kind in ("linear", "linear-no-bias", "conv1d", "conv2d", "conv2d-groups", "embedding")
     if not (method in LINEAR_ONLY and kind in ("conv2d", "conv2d-groups", "embedding"))
-    and not (method in ("loha", "lokr", "ia3") and kind == "embedding")
+    and not (method in ("loha", "lokr", "ia3", "adalora") and kind == "embedding")
     and not (method == "dora" and kind == "conv2d-groups")
     and not (method == "lora_bias" and kind == "embedding")
 ]
@@ -162,6 +167,10 @@ def test_what_has_no_lora_is_refused() -> None:
         convert_to_lora(model, 2, "typo")
     with pytest.raises(ConfigError, match="bias='all'"):
         convert_to_lora(model, 2)
+    invoked = tiny("llama")
+    peftlite.inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3]), invoked)
+    with pytest.raises(ConfigError, match="alora_invocation_tokens"):
+        convert_to_lora(invoked, 2)
 
 
 # ---- from trained models

@@ -21,13 +21,14 @@ from peftlite.errors import ConfigError
 from peftlite.tuners.lora.combine import Made, Recipe, Update, combined
 from peftlite.tuners.lora.config import LoraConfig
 from peftlite.tuners.lora.fit import adapted, addressed, fitted, plain_of
+from peftlite.tuners.lora.frugal import Blocks, Pooled
 from peftlite.tuners.lora.lowrank import Approximation, Part, norm
 from peftlite.tuners.lora.plain import Lora
 from peftlite.tuners.lora.stacks import stored, times
-from peftlite.tuners.lora.start import Shifted
+from peftlite.tuners.lora.start import Mica, Shifted
 from peftlite.tuners.lora.variant import LORA
 
-PRODUCTS = (Lora, Shifted)
+PRODUCTS = (Lora, Shifted, Mica, Blocks, Pooled)
 """Variants whose effect is scaling * B A, and nothing else."""
 
 
