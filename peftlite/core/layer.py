@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from peftlite.core.call import current
 from peftlite.core.hosts import ParamHost, swapped
-from peftlite.core.slots import BufferSlot, Numbers, ParameterSlot, SlotContainer, View, parameters_in, replace_tensor
+from peftlite.core.slots import (
+    NEW_WEIGHT,
+    BufferSlot,
+    Numbers,
+    ParameterSlot,
+    SlotContainer,
+    View,
+    parameters_in,
+    replace_tensor,
+)
 from peftlite.core.state import AdapterState
 from peftlite.core.tied import TiedLayer
 from peftlite.core.variant import Program, TunerSpec, Variant
@@ -95,6 +104,9 @@ class AdapterLayer(TiedLayer):
         """Attach an adapter whose tensors and numbers were made by `variant.init`. Cannot fail."""
         self.variants[name] = variant
         for key, value in values.items():
+            if key == NEW_WEIGHT:
+                self.rewrite(value)
+                continue
             if key not in self._modules:
                 self.__dict__[key][name] = value
                 continue

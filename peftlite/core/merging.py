@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftlite.core.hosts import ALL_ROWS, Dense, Host, ModuleHost, ParamHost, Saved, host_for, widened
 from peftlite.core.packed import rounding_error, warn_of_rounding
@@ -179,6 +179,16 @@ class MergingLayer(ScalingLayer):
             return
         step = max(1, _BLOCK // max(1, torch.Size(shape[1:]).numel()))
         yield from (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+    def rewrite(self, weight: Tensor) -> None:
+        """Give the base layer another weight (canonical) for good. A weight that others share becomes its own first."""
+        merged = list(self.merged_adapters)
+        self.set_merged(())
+        if self.shared_weight:
+            self.host.save(shared=True)
+            self.__dict__["shared_weight"] = False
+        self.host.write(Dense(weight, None))
+        self.set_merged(merged)
 
     def keep_merged(self) -> nn.Module:
         """Forget the base layer's own bytes and give back the module inside, with what is merged into it."""

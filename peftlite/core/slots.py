@@ -276,4 +276,6 @@ def is_floating(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+NEW_WEIGHT = "new_weight"
+"""Among the values that a variant begins with: what the base layer's weight (canonical) becomes for good."""
 HALF_DTYPES = (torch.float16, torch.bfloat16)
