@@ -81,7 +81,19 @@ if TYPE_CHECKING:
     from peftlite.tuners.loha import LoHaConfig
     from peftlite.tuners.lokr import LoKrConfig
     from peftlite.tuners.lora.config import LoraConfig
-    from peftlite.tuners.lora.options import BdLoraConfig, LoraRuntimeConfig
+    from peftlite.tuners.lora.inits.covariance import preprocess_corda
+    from peftlite.tuners.lora.inits.eva import get_eva_state_dict, initialize_lora_eva_weights
+    from peftlite.tuners.lora.inits.gradients import preprocess_loraga
+    from peftlite.tuners.lora.inits.repair import replace_lora_weights_loftq
+    from peftlite.tuners.lora.inits.residual import residual_into_base
+    from peftlite.tuners.lora.options import (
+        BdLoraConfig,
+        CordaConfig,
+        EvaConfig,
+        LoftQConfig,
+        LoraGAConfig,
+        LoraRuntimeConfig,
+    )
     from peftlite.tuners.vera import VeraConfig
 
 __version__ = "0.1.0"
@@ -97,6 +109,8 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BdLoraConfig",
+    "CordaConfig",
+    "EvaConfig",
     "IA3Config",
     "IA3Model",
     "LoHaConfig",
@@ -104,7 +118,9 @@ __all__ = [
     "LoKrConfig",
     "LoKrModel",
     "LoadReport",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
     "PeftConfig",
@@ -136,12 +152,14 @@ __all__ = [
     "enable_adapters",
     "errors",
     "extract_lora",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
+    "initialize_lora_eva_weights",
     "inject",
     "inject_adapter_in_model",
     "load_adapter",
@@ -152,8 +170,12 @@ __all__ = [
     "plan",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
     "print_trainable_parameters",
+    "replace_lora_weights_loftq",
     "rescale_adapter_scale",
+    "residual_into_base",
     "save_adapter",
     "save_as_lora",
     "scale_adapter",
@@ -237,7 +259,19 @@ _HOMES = {
     "peftlite.tuners.loha": ("LoHaConfig",),
     "peftlite.tuners.lokr": ("LoKrConfig",),
     "peftlite.tuners.lora.config": ("LoraConfig",),
-    "peftlite.tuners.lora.options": ("BdLoraConfig", "LoraRuntimeConfig"),
+    "peftlite.tuners.lora.inits.covariance": ("preprocess_corda",),
+    "peftlite.tuners.lora.inits.eva": ("get_eva_state_dict", "initialize_lora_eva_weights"),
+    "peftlite.tuners.lora.inits.gradients": ("preprocess_loraga",),
+    "peftlite.tuners.lora.inits.repair": ("replace_lora_weights_loftq",),
+    "peftlite.tuners.lora.inits.residual": ("residual_into_base",),
+    "peftlite.tuners.lora.options": (
+        "BdLoraConfig",
+        "CordaConfig",
+        "EvaConfig",
+        "LoftQConfig",
+        "LoraGAConfig",
+        "LoraRuntimeConfig",
+    ),
     "peftlite.tuners.vera": ("VeraConfig",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -35,7 +35,7 @@ from peftlite.errors import (
     UnsupportedFeatureError,
 )
 from peftlite.integrations import defaults
-from peftlite.tuners.lora.config import UNBUILT, UNBUILT_INITS, LoraConfig, LoraRuntimeConfig
+from peftlite.tuners.lora.config import UNBUILT, LoraConfig, LoraRuntimeConfig
 
 NAMES = st.text(string.ascii_letters + string.digits + "_.", min_size=1, max_size=12)
 NAME_LISTS = st.lists(NAMES, max_size=5, unique=True)
@@ -471,11 +471,49 @@ def test_what_is_not_built_is_refused_by_name(name: str) -> None:
         LoraConfig(**{name: ASKS[name]})
 
 
-@pytest.mark.parametrize("name", UNBUILT_INITS)
-def test_an_initialisation_that_is_not_built_is_refused_by_name(name: str) -> None:
-    value = f"{name}16" if name.endswith("_") else name
-    with pytest.raises(UnsupportedFeatureError, match=rf"`init_lora_weights` is `'{value}'`.*Nothing was changed\."):
-        LoraConfig(init_lora_weights=value)
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"init_lora_weights": "loftq"}, "`loftq_config`"),
+        ({"loftq_config": {"loftq_bits": 3}}, "`loftq_bits`"),
+        ({"eva_config": {"rho": 0.5}}, "`rho`"),
+        ({"eva_config": {"rank": 2}}, "`'rank'`.*`rho`"),
+        ({"corda_config": {"corda_method": "pca"}}, "`corda_method`.*`ipm`"),
+        ({"lora_ga_config": {"direction": "ArBrr"}}, "`direction`.*`ArBr`"),
+        ({"use_bdlora": {"nblocks": 0}}, "`nblocks`"),
+        ({"use_bdlora": True}, "`use_bdlora`.*BdLoraConfig"),
+        ({"alora_invocation_tokens": "go"}, "`alora_invocation_tokens`"),
+        ({"qalora_group_size": 0}, "`qalora_group_size`"),
+    ],
+)
+def test_options_are_checked_by_name(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{named}.*Nothing was changed\."):
+        LoraConfig(**fields)
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'corda' but:UserWarning")  # PEFT's
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"init_lora_weights": "eva", "eva_config": {"rho": 3.0, "whiten": True}},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "A2rBr", "stable_gamma": 4}},
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8, "loftq_iter": 5}},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"use_bdlora": {"target_modules_bd_a": ["o_proj"], "nblocks": 4, "match_strict": False}},
+        {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"},
+        {"use_qalora": True, "qalora_group_size": 32},
+        {"use_dora": True},
+    ],
+)
+def test_options_are_in_files_as_peft_has_them(fields: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = LoraConfig(**fields), peft.LoraConfig(**fields)
+    for name, config in (("ours", ours), ("theirs", theirs)):
+        config.save_pretrained(tmp_path / name)
+    mine, other = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs"))
+    assert {key: mine[key] for key in fields} == {key: other[key] for key in fields}
+    assert PeftConfig.from_pretrained(tmp_path / "theirs") == ours
+    assert peft.PeftConfig.from_pretrained(tmp_path / "ours").to_dict() == theirs.to_dict()
 
 
 def test_numbers_of_other_types_become_plain_ones() -> None:

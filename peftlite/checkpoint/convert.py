@@ -74,6 +74,8 @@ def doubled(config: LoraConfig) -> LoraConfig:
         lora_alpha=more * config.lora_alpha,
         alpha_pattern={name: more * alpha for name, alpha in config.alpha_pattern.items()},
         init_lora_weights=True,
+        corda_config=None,
+        lora_ga_config=None,
     )
 
 

@@ -21,7 +21,17 @@ from peftlite.config import PeftConfig, PeftType, register_config
 from peftlite.core.targets import match_pattern
 from peftlite.errors import ConfigError, UnsupportedFeatureError, nearest
 from peftlite.tuners.fields import check_probability, check_targets
-from peftlite.tuners.lora.options import BdLoraConfig, LoraRuntimeConfig, check_tokens, options, plain
+from peftlite.tuners.lora.options import (
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    check_tokens,
+    options,
+    plain,
+)
 
 # Fields whose feature this version does not have, and the value that asks for nothing.
 UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
@@ -29,10 +39,6 @@ UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
         "megatron_config": None,
         "megatron_core": "megatron.core",
         "trainable_token_indices": None,
-        "loftq_config": {},
-        "eva_config": None,
-        "corda_config": None,
-        "lora_ga_config": None,
         "velora_config": None,
         "monteclora_config": None,
         "layer_replication": None,
@@ -40,8 +46,23 @@ UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
         "kasa_config": None,
     }
 )
-INITS: Final = ("gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal", "mica")  # and True, False
-UNBUILT_INITS: Final = ("corda", "eva", "loftq", "lora_ga")
+INITS: Final = (
+    "gaussian",
+    "pissa",
+    "pissa_niter_16",
+    "olora",
+    "orthogonal",
+    "mica",
+    "eva",
+    "corda",
+    "lora_ga",
+    "loftq",
+)  # and True, False
+DATA_DRIVEN: Final = (
+    ("eva", "eva_config", EvaConfig),
+    ("corda", "corda_config", CordaConfig),
+    ("lora_ga", "lora_ga_config", LoraGAConfig),
+)
 BIASES: Final = ("none", "all", "lora_only")
 
 
@@ -91,10 +112,10 @@ class LoraConfig(PeftConfig):
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict[str, Any] = field(default_factory=dict)
-    eva_config: dict[str, Any] | None = None
-    corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
+    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    corda_config: CordaConfig | dict[str, Any] | None = None
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
     use_dora: bool = False
     velora_config: dict[str, Any] | None = None
     alora_invocation_tokens: list[int] | None = None
@@ -176,6 +197,16 @@ class LoraConfig(PeftConfig):
 
     def _check_options(self) -> None:
         self.use_bdlora = options("use_bdlora", self.use_bdlora, BdLoraConfig)
+        for init, name, kind in DATA_DRIVEN:
+            given = options(name, getattr(self, name), kind)
+            setattr(self, name, kind() if given is None and self.init_lora_weights == init else given)
+        loftq = options("loftq_config", self.loftq_config, LoftQConfig)
+        if loftq is None and self.init_lora_weights == "loftq":
+            raise ConfigError(
+                "`init_lora_weights` is `loftq`, and `loftq_config` does not say with how many bits; give it "
+                "`LoftQConfig(loftq_bits=4)`. Nothing was changed."
+            )
+        self.loftq_config = {} if loftq is None else plain(loftq)
         self.qalora_group_size = check_int("qalora_group_size", self.qalora_group_size, 1)
         self.alora_invocation_tokens = check_tokens("alora_invocation_tokens", self.alora_invocation_tokens)
 
@@ -215,11 +246,6 @@ class LoraConfig(PeftConfig):
             self.init_lora_weights = name
             return
         choices = ", ".join(f"`{choice}`" for choice in ("True", "False", *INITS))
-        if name.startswith(UNBUILT_INITS):
-            raise UnsupportedFeatureError(
-                f"`init_lora_weights` is {show(value)}, but this version does not have that feature yet; "
-                f"it can be {choices} (with any number at the end). Nothing was changed."
-            )
         raise ConfigError(
             f"`init_lora_weights` is {show(value)}; nearest: {nearest(str(value), ('True', 'False', *INITS))}. "
             f"It can be {choices}. Nothing was changed."

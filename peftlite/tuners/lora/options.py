@@ -93,8 +93,8 @@ class LoftQConfig:
     loftq_iter: int = 1
 
     def __post_init__(self) -> None:
-        if self.loftq_bits not in (2, 4, 8):
-            raise wrong("loftq_bits", self.loftq_bits, "2, 4 or 8")
+        if self.loftq_bits not in (4, 8):
+            raise wrong("loftq_bits", self.loftq_bits, "4 or 8")
         self.loftq_iter = check_int("loftq_iter", self.loftq_iter, 1)
 
 

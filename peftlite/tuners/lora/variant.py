@@ -46,7 +46,8 @@ def variant_for(config: LoraConfig) -> Variant:
     for asked, variant in forms:
         if asked:
             return variant
-    return _LORA if beginning(config.init_lora_weights) is None else _SHIFTED
+    begin = beginning(config.init_lora_weights)
+    return _SHIFTED if begin is not None and begin.subtracted else _LORA
 
 
 def resolve(config: LoraConfig, hosts: Sequence[tuple[str, Host]]) -> None:

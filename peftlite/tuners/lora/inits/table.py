@@ -12,12 +12,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlite.core.hosts import Host, widened
+from peftlite.core.slots import NEW_WEIGHT
 from peftlite.core.variant import Placement
 from peftlite.errors import StateError
-from peftlite.tuners.lora.inits import weights
+from peftlite.tuners.lora.inits import covariance, gradients, loftq, weights
 
 START = "start"
-Make = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A linear layer whose factors begin: its weight W (out, in), and what its config means for it."""
+
+    W: Tensor
+    r: int
+    scaling: float
+    layer: nn.Module
+    path: str
+    config: Any
 
 
 def always(host: Host, r: int) -> str | None:
@@ -38,15 +50,17 @@ def within(host: Host, r: int) -> str | None:
 
 @dataclass(frozen=True)
 class Beginning:
-    """How the factors of a linear layer begin: `make(W, r, scaling)` gives A (r, in) and B (out, r) in W's dtype."""
+    """How the factors of a linear layer begin: `make(job)` gives A (r, in) and B (out, r) in W's dtype."""
 
-    make: Make
-    subtracted: bool
+    make: Callable[[Job], tuple[Tensor, ...]]
+    subtracted: bool = False
     """Whether B A is not zero, and is subtracted so that a fresh adapter is the identity."""
     follows: bool = True
     """Whether the factors follow from the base weight alone, so that whoever loads an adapter can make them again."""
     cannot: Callable[[Host, int], str | None] = always
     """Why a layer cannot begin so at some rank, or None."""
+    rewrites: bool = False
+    """Whether `make` gives before these what the base layer's weight becomes for good."""
 
     def fill(self, made: dict[str, Any], host: Host, at: Placement) -> dict[str, Any]:
         """Put first values into fresh factors, which have the random ones; those on meta only get what is subtracted.
@@ -54,17 +68,22 @@ class Beginning:
         Raises: StateError if the base layer has no weights to begin from.
         """
         A, B = made["lora_A"], made["lora_B"]
-        if at.own is None or (at.device.type == "meta" and not self.subtracted):
+        on_meta = at.device.type == "meta"
+        if at.own is None or (on_meta and not (self.subtracted or self.rewrites)):
             return made
         if host.device.type == "meta":
             raise StateError(
                 f"`init_lora_weights` is `{at.config.init_lora_weights!r}`, which begins from the weights of "
                 f"`{at.path}`, and they are on the meta device: load them first. Nothing was changed."
             )
-        W, r = widened(at.own().weight), A.weight.shape[0]
-        first_A, first_B = (factor.to(at.dtype) for factor in self.make(W, r, at.config.scaling_for(at.path)))
+        r: int = A.weight.shape[0]
+        job = Job(widened(at.own().weight), r, at.config.scaling_for(at.path), host.layer, at.path, at.config)
+        *new, first_A, first_B = self.make(job)
+        first_A, first_B = first_A.to(at.dtype), first_B.to(at.dtype)
+        if new:
+            made[NEW_WEIGHT] = new[0]
         rank = first_A.shape[0]  # less than r where W has less
-        if A.weight.device.type != "meta":
+        if not on_meta:
             A.weight.data[:rank], B.weight.data[:, :rank] = first_A, first_B
         if self.subtracted:
             A.register_buffer(START, F.pad(first_A, (0, 0, 0, r - rank)).contiguous(), persistent=False)
@@ -72,11 +91,36 @@ class Beginning:
         return made
 
 
+Weighted = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
+
+
+def by_weight(function: Weighted) -> Callable[[Job], tuple[Tensor, Tensor]]:
+    """A beginning that follows from the weight."""
+    return lambda job: function(job.W, job.r, job.scaling)
+
+
 BEGINNINGS: dict[str, Beginning] = {
-    "pissa": Beginning(weights.pissa, subtracted=True),
-    "olora": Beginning(weights.olora, subtracted=True),
-    "orthogonal": Beginning(weights.orthogonal, subtracted=False, cannot=even),
-    "mica": Beginning(weights.mica, subtracted=False, cannot=within),
+    "pissa": Beginning(by_weight(weights.pissa), subtracted=True),
+    "olora": Beginning(by_weight(weights.olora), subtracted=True),
+    "orthogonal": Beginning(by_weight(weights.orthogonal), cannot=even),
+    "mica": Beginning(by_weight(weights.mica), cannot=within),
+    "corda": Beginning(
+        lambda job: covariance.recall(job.layer, job.path, job.config.corda_config, job.r).factors(job.r, job.scaling),
+        subtracted=True,
+        follows=False,
+    ),
+    "lora_ga": Beginning(
+        lambda job: gradients.recall(job.layer, job.path, job.r).factors(
+            job.W, job.r, job.scaling, job.config.lora_ga_config
+        ),
+        subtracted=True,
+        follows=False,
+    ),
+    "loftq": Beginning(
+        lambda job: loftq.approximate(job.W, job.r, job.scaling, **job.config.loftq_config),
+        rewrites=True,
+        cannot=loftq.cannot,
+    ),
 }
 
 
@@ -84,7 +128,7 @@ def beginning(init: object) -> Beginning | None:
     """What `init_lora_weights` asks for, or None for the random beginnings."""
     niter = re.fullmatch(r"pissa_niter_(\d+)", init) if isinstance(init, str) else None
     if niter is not None:
-        return Beginning(partial(weights.pissa, niter=int(niter[1])), subtracted=True)
+        return Beginning(by_weight(partial(weights.pissa, niter=int(niter[1]))), subtracted=True)
     return BEGINNINGS.get(init) if isinstance(init, str) else None
 
 
