@@ -30,6 +30,7 @@ WATCHED = {
     "transformers.pipelines": "peftlite.integrations.transformers.directories",
     "bitsandbytes.nn.modules": "peftlite.integrations.quantised.bitsandbytes",
     "torchao.utils": "peftlite.integrations.quantised.torchao",
+    "accelerate.hooks": "peftlite.integrations.accelerate",
     "hqq.core.quantize": "peftlite.integrations.quantised.hqq",
 }
 """Foreign module -> the module of ours whose `patch(foreign)` adjusts it; `patch` may run more than once."""

@@ -106,7 +106,7 @@ def adapter_tensors(
     chosen: dict[str, Tensor] = {}
     for key, target in targets.places.items():
         if isinstance(target, LayerTarget | SharedTarget):
-            chosen[key] = target.tensor
+            chosen[key] = target.present if isinstance(target, LayerTarget) else target.tensor
         elif isinstance(target, BaseTarget) and (target.wanted.required or id(target.module) in tables):
             chosen[key] = target.own
     if bias_of(config) == "all":

@@ -122,6 +122,14 @@ class LayerTarget(Target):
     def device(self) -> torch.device:  # type: ignore[override]
         return _or_cpu(self.layer.host.device) if self.tensor.is_meta else self.tensor.device
 
+    @property
+    def present(self) -> Tensor:
+        """The tensor, or a copy of it if it is offloaded."""
+        if not self.tensor.is_meta:
+            return self.tensor
+        with self.layer.here():
+            return self.layer.tensors(self.name)[self.suffix].detach().clone()
+
     def put(self, new: Tensor) -> None:
         if self.tensor.is_meta:
             self.layer.assign(self.name, self.suffix, new)

@@ -7,7 +7,7 @@ can be answered so (shape, device, dtype): packed, meta, offloaded and sharded w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -36,6 +36,10 @@ class Saved:
     bias: Tensor | None
     shared: bool = False
 
+    def on_cpu(self) -> Saved:
+        """The same in CPU memory."""
+        return replace(self, weight=on_cpu(self.weight), bias=on_cpu(self.bias))
+
 
 def mark_borrowed(parameter: nn.Parameter) -> None:
     """Note that `parameter` lies on another model's storage, so that nothing may be written into it."""
@@ -45,6 +49,13 @@ def mark_borrowed(parameter: nn.Parameter) -> None:
 def is_borrowed(parameter: Tensor) -> bool:
     """Whether `parameter` lies on another model's storage. Copies do not, and so have no such mark."""
     return getattr(parameter, "_peftlite_borrowed", False)
+
+
+def on_cpu(held: Any) -> Any:
+    """A tensor in CPU memory, still a Parameter if it is one; anything else as it is."""
+    if not isinstance(held, Tensor) or held.device.type == "cpu":
+        return held
+    return nn.Parameter(held.detach().cpu(), held.requires_grad) if isinstance(held, nn.Parameter) else held.cpu()
 
 
 def copied(parameter: Tensor) -> nn.Parameter:
@@ -120,11 +131,11 @@ class Host:
     # ---- bytes
     def read(self, saved: Saved | None = None, rows: slice = ALL_ROWS) -> Dense:
         """The weight and bias in canonical layout (views where possible), as they are or as they were `saved`."""
-        weight = self.parameter if saved is None else saved.weight
+        weight = self.parameter if saved is None else saved.weight.to(self.parameter.device)
         bias = self.bias if saved is None else saved.bias
         return Dense(
             self.take(self.canonical(weight.detach()), rows),
-            None if bias is None else self.take_bias(bias.detach(), rows),
+            None if bias is None else self.take_bias(bias.detach().to(weight.device), rows),
         )
 
     @torch.no_grad()

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftlite.core.call import current
 from peftlite.core.hosts import ParamHost, swapped
+from peftlite.core.residency import is_away
 from peftlite.core.slots import (
     NEW_WEIGHT,
     BufferSlot,
@@ -160,6 +162,10 @@ class AdapterLayer(TiedLayer):
 
     def assign(self, name: str, suffix: str, tensor: Tensor) -> None:
         """Put `tensor` in the place of the one that `tensors(name)[suffix]` is."""
+        with self.here():
+            self._assign(name, suffix, tensor)
+
+    def _assign(self, name: str, suffix: str, tensor: Tensor) -> None:
         leader = self.leaders.get(name)
         if leader is not None and (there := self.variants[name].led(self.host, leader.host, suffix)) is not None:
             leader.assign(name, there[0], tensor.T.contiguous() if there[1] else tensor)
@@ -198,13 +204,21 @@ class AdapterLayer(TiedLayer):
     def program(self, names: Sequence[str]) -> Program:
         """The base layer with these adapters, as one callable; what depends only on `names` is decided here."""
         if self.host.weight_only:
-            return partial(self._edited, tuple(names))
+            return partial(self._near, partial(self._edited, tuple(names)))
         live = self.live(names)
         call: Program = self.wrapped
         for name in live:
             call = partial(self.variants[name].forward, View(self, name), call)
+        call = partial(self._near, call) if live else call
         fast = self.variants[live[0]].bind(View(self, live[0]), call) if len(live) == 1 else None
         return fast or call
+
+    def _near(self, call: Program, *args: Any, **kwargs: Any) -> Any:
+        """`call`, with the weights of the base layer and the adapters here if they were elsewhere."""
+        if torch.compiler.is_compiling() or not is_away(self.get_base_layer()):
+            return call(*args, **kwargs)
+        with self.here():
+            return call(*args, **kwargs)
 
     def _edited(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """Call a twin of the base layer that holds the adapted weights: where the layer reads them by itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from peftlite.core.hosts import ALL_ROWS, Dense, Host, ModuleHost, ParamHost, Saved, host_for, widened
 from peftlite.core.packed import rounding_error, warn_of_rounding
+from peftlite.core.residency import is_away, near
 from peftlite.core.scaling import ScalingLayer
 from peftlite.core.slots import View
 from peftlite.core.state import AdapterState
@@ -85,6 +87,10 @@ class MergingLayer(ScalingLayer):
         self.__dict__["_program"] = None
         self.state.plans.clear()
 
+    def here(self) -> AbstractContextManager[None]:
+        """Inside the block, the weights of the base layer and the adapters are not elsewhere."""
+        return near(self)
+
     # ---- what is in the weight
     @property
     def merged(self) -> bool:
@@ -93,7 +99,10 @@ class MergingLayer(ScalingLayer):
 
     def own(self, rows: slice = ALL_ROWS) -> Dense:
         """The base layer's own weight and bias (of some rows), whatever is merged."""
-        return self.host.read(self._saved, rows)
+        if not is_away(self.get_base_layer()):
+            return self.host.read(self._saved, rows)
+        with self.here():
+            return self.host.read(self._saved, rows)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Merge adapters (default: the active ones) into the base layer's weight.
@@ -130,14 +139,13 @@ class MergingLayer(ScalingLayer):
         Raises: MergeError if it is not finite.
         """
         wanted = [*self.merged_adapters, *(n for n in names if n not in self.merged_adapters)]
-        for _, dense in self._merged_blocks(wanted, self._saved):
-            if not bool(
-                torch.isfinite(dense.weight).all() and (dense.bias is None or torch.isfinite(dense.bias).all())
-            ):
-                raise MergeError(
-                    f"Merging {', '.join(f'`{n}`' for n in names)} would write values that are not finite into "
-                    f"{type(self.get_base_layer()).__name__}. Nothing was changed."
-                )
+        with self.here():
+            finite = all(is_finite(dense) for _, dense in self._merged_blocks(wanted, self._saved))
+        if not finite:
+            raise MergeError(
+                f"Merging {', '.join(f'`{n}`' for n in names)} would write values that are not finite into "
+                f"{type(self.get_base_layer()).__name__}. Nothing was changed."
+            )
 
     @torch.no_grad()
     def set_merged(self, names: Sequence[str]) -> None:
@@ -145,15 +153,28 @@ class MergingLayer(ScalingLayer):
         before, names = list(self.merged_adapters), list(names)
         if names == before:
             return
-        if self._saved is None:
-            self.__dict__["_saved"] = self.host.save(self.shared_weight)
-        try:
-            self._write_merged(names)
-        except BaseException:
-            self._write_merged(before)
-            raise
-        finally:
-            self.unbind()
+        away = is_away(self.get_base_layer())
+        with self.here():
+            self._check_here()
+            if self._saved is None:
+                self.__dict__["_saved"] = self.host.save(self.shared_weight or away)
+            try:
+                self._write_merged(names)
+            except BaseException:
+                self._write_merged(before)
+                raise
+            finally:
+                self.unbind()
+        if away and self._saved is not None:
+            self.__dict__["_saved"] = self._saved.on_cpu()
+
+    def _check_here(self) -> None:
+        parameter = self.host.parameter
+        if parameter is not None and parameter.is_meta:
+            raise MergeError(
+                f"The weight of {type(self.get_base_layer()).__name__} is on the meta device, where there is nothing "
+                "to merge into. Nothing was changed."
+            )
 
     def _write_merged(self, names: list[str]) -> None:
         saved: Saved = self._saved
@@ -184,10 +205,12 @@ class MergingLayer(ScalingLayer):
         """Give the base layer another weight (canonical) for good. A weight that others share becomes its own first."""
         merged = list(self.merged_adapters)
         self.set_merged(())
-        if self.shared_weight:
-            self.host.save(shared=True)
-            self.__dict__["shared_weight"] = False
-        self.host.write(Dense(weight, None))
+        away = is_away(self.get_base_layer())
+        with self.here():
+            if self.shared_weight or away:
+                self.host.save(shared=True)
+                self.__dict__["shared_weight"] = False
+            self.host.write(Dense(weight, None))
         self.set_merged(merged)
 
     def keep_merged(self) -> nn.Module:
@@ -201,3 +224,8 @@ class MergingLayer(ScalingLayer):
         for name in names:
             dense = self.variants[name].merge(View(self, name), dense, rows)
         return dense
+
+
+def is_finite(dense: Dense) -> bool:
+    """Whether all numbers of a weight and bias are numbers."""
+    return all(bool(torch.isfinite(one).all()) for one in (dense.weight, dense.bias) if one is not None)

@@ -12,6 +12,7 @@ from torch import nn
 
 from peftlite.core.hosts import Dense, Host
 from peftlite.core.layer import AdapterLayer
+from peftlite.core.residency import near
 from peftlite.core.slots import HALF_DTYPES
 from peftlite.core.tree import Place
 from peftlite.core.variant import Placement, TunerSpec, Variant
@@ -59,7 +60,10 @@ class Site:
 
     def own(self) -> Dense:
         """The base layer's own weight and bias, whatever other adapters have merged into it."""
-        return self.host.read() if self.layer is None else self.layer.own()
+        if self.layer is not None:
+            return self.layer.own()
+        with near(self.host.layer):
+            return self.host.read()
 
 
 @dataclass(frozen=True)

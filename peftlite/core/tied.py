@@ -7,11 +7,13 @@ others take over the weight that it was merged into, which so stays one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from peftlite.core.hosts import Saved
 from peftlite.core.merging import MergingLayer
+from peftlite.core.residency import is_away, near
 
 
 class TiedLayer(MergingLayer):
@@ -22,11 +24,21 @@ class TiedLayer(MergingLayer):
     followers: dict[str, list[Any]]
     """Adapter -> the other layers that it is on, of adapters whose tensors are here."""
 
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for leader in set(self.leaders.values()):
+                stack.enter_context(near(leader))
+            stack.enter_context(near(self))
+            yield
+
     def leader_of(self, names: Sequence[str]) -> TiedLayer | None:
         """The layer whose weight is what merging exactly these adapters would give here; None if there is none."""
         leader: TiedLayer | None = self.leaders.get(names[0]) if names else None
         same = leader is not None and all(self.leaders.get(name) is leader for name in names)
-        return leader if same and leader is not None and leader.merged_adapters == list(names) else None
+        if not same or leader is None or is_away(leader.get_base_layer()):
+            return None
+        return leader if leader.merged_adapters == list(names) else None
 
     def set_merged(self, names: Sequence[str]) -> None:
         if self._saved is None and self.leader_of(names) is not None:  # no copy: the leader has one

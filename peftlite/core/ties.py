@@ -78,6 +78,8 @@ class Use:
     """The module's, or its adapter layer's."""
     module: nn.Module
     name: str
+    parameter: nn.Parameter
+    """Held, so that no other is taken for it."""
 
     @property
     def present(self) -> nn.Parameter | None:
@@ -96,14 +98,14 @@ def uses_of(model: nn.Module) -> dict[int, list[Use]]:
         seen.add(id(module))
         if isinstance(module, AdapterLayer):
             if module._saved is not None and module._saved.shared:
-                use = Use(place.path, module.get_base_layer(), module.host.param)
-                found.setdefault(id(module._saved.weight), []).append(use)
+                own = module._saved.weight
+                found.setdefault(id(own), []).append(Use(place.path, module.get_base_layer(), module.host.param, own))
             continue
         inside = isinstance(place.parent, AdapterLayer)
         path = place.path.rpartition(".")[0] if inside else place.path
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(id(parameter), []).append(Use(path, module, name))
+                found.setdefault(id(parameter), []).append(Use(path, module, name, parameter))
     return found
 
 

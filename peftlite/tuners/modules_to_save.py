@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftlite.config import TaskType
 from peftlite.core.hosts import Host, host_for
+from peftlite.core.residency import near_copy
 from peftlite.core.slots import ModuleSlot, Slot, View, is_floating
 from peftlite.core.variant import Companion, Placement, Program, TunerSpec, Variant, register_companion
 
@@ -34,7 +35,7 @@ class ModulesToSave(Variant):
         return "it is quantised, and numbers that are not floating-point cannot be trained"
 
     def init(self, host: Host, at: Placement) -> dict[str, Any]:
-        copied = without_memory if at.device.type == "meta" else copy.deepcopy
+        copied = without_memory if at.device.type == "meta" else near_copy
         return {"modules_to_save": copied(host.layer)}
 
     def why_not_follow(self, host: Host, leader: Host, config: Any) -> str | None:
