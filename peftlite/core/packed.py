@@ -49,6 +49,9 @@ class PackedHost(Host):
         """
         raise NotImplementedError(type(self).__name__)
 
+    def let_gradients_through(self) -> None:
+        """Undo what the layer did to itself for the sake of inference, if its input gets no gradients because of it."""
+
     def moved(self, packed: Any) -> Any:
         """A packed weight where the layer is now, if it was kept while the layer moved."""
         return packed if packed.device == self.device else packed.to(self.device)

@@ -158,6 +158,26 @@ def test_an_adapter_trained_on_a_quantised_model_is_saved_loaded_and_merged(tmp_
     assert torch.equal(loaded(**batch("llama")).logits, dense(**batch("llama")).logits)
 
 
+@pytest.mark.parametrize("kind", ["linear4bit-nf4", "linear4bit-nf4-double"])
+def test_inference_before_training_costs_no_gradients(kind: str) -> None:
+    """Where the CPU has bf16 instructions, bitsandbytes repacks weights for inference, and loses gradients then."""
+    model = net(kind)
+    weight: Any = model.layer.weight
+    dense = host_for(model.layer).read().weight  # type: ignore[union-attr]
+    converted = bnb.functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    weight.data, weight.quant_state = converted
+    model.layer.support_avx512bf16_for_cpu = True
+    peftlite.prepare_model_for_kbit_training(model, False)
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(2, 64))
+    x = torch.randn(2, 64, requires_grad=True)
+    model.train()
+    model.layer(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, dense.sum(0).expand(2, 64), rtol=0.02, atol=0.02)  # scales are in bf16 now
+
+
 def test_preparing_says_what_it_cannot_do() -> None:
     with pytest.warns(PeftliteWarning, match="no quantised layers"):
         model = peftlite.prepare_model_for_kbit_training(Net().bfloat16())

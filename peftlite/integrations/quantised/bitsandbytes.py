@@ -53,10 +53,23 @@ class Linear4bitHost(PackedHost, LinearHost):
             compress_statistics=state.nested or (is_repacked(like.quant_state) and like.quant_state.original_nested),
             quant_storage=like.quant_storage,
         )
+        return self.parameter_with(data, new_state, like)
+
+    def let_gradients_through(self) -> None:
+        layer: Any = self.layer
+        layer.support_avx512bf16_for_cpu = False  # its product with repacked weights has no gradients
+        weight = layer.weight
+        if weight.quant_state is not None and is_repacked(weight.quant_state):
+            data, state = in_common_format(weight)
+            state.dtype = original_dtype(weight.quant_state)
+            self.hold(self.parameter_with(data, state, weight))
+
+    def parameter_with(self, data: Tensor, state: Any, like: Any) -> Any:
+        """A weight of these bytes."""
         return parameters("Params4bit")(
             data,
             requires_grad=False,
-            quant_state=new_state,
+            quant_state=state,
             blocksize=like.blocksize,
             compress_statistics=like.compress_statistics,
             quant_type=like.quant_type,

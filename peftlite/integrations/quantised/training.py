@@ -51,6 +51,8 @@ def prepare_model_for_kbit_training(
             stacklevel=2,
         )
     freeze(base)
+    for host in hosts:
+        host.let_gradients_through()
     if all(host.takes_any_dtype for host in hosts):
         widen(base, {id(host.layer) for host in hosts})
     if enable is not None:
