@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftlite.checkpoint.attention import metadata_of, warn_of_doubling
 from peftlite.checkpoint.card import Card, write_card
-from peftlite.checkpoint.convert import plain_lora, portable
+from peftlite.checkpoint.convert import plain_lora, portable, resumed
 from peftlite.checkpoint.files import read_adapter, write_adapter
 from peftlite.checkpoint.forms import AsOnLayers
 from peftlite.checkpoint.hub import resolve
@@ -246,6 +246,7 @@ class Loader:
         """
         check_unmerged(self.model, self.name)
         own = state_of(self.model).configs[self.name]
+        self.config, self.source = resumed(self.model, self.name, self.config, self.source)
         self._check_same(own)
         targets = live_targets(self.model, self.name, own)
         self.source = AsOnLayers(self.source, targets, self.config)

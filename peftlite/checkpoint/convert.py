@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from peftlite.checkpoint.keys import file_key, shown, split_file_key
 from peftlite.checkpoint.spots import spots
+from peftlite.checkpoint.tensorfile import TensorSource
 from peftlite.config import PeftConfig
 from peftlite.core.layer import AdapterLayer
+from peftlite.core.lifecycle import state_of
 from peftlite.core.tree import base_model_of
 from peftlite.errors import CheckpointError, ConfigError
 from peftlite.tuners.lora.config import LoraConfig
@@ -24,6 +26,7 @@ from peftlite.tuners.lora.inits.table import beginning, started
 
 _A = ("lora_A.weight", "lora_embedding_A")
 _B = ("lora_B.weight", "lora_embedding_B")
+_NEAR = 1e-3  # how far, relative to the largest number, factors may be apart that were found on two machines
 
 
 def plain_lora(
@@ -31,21 +34,19 @@ def plain_lora(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The config and tensors of a plain LoRA that does to the base model what `trained` does beyond `initial`. Exact.
 
-    Both are the tensors of files of one adapter: after training, and as it was at first. What is no factor of LoRA,
-    such as modules that are trained whole, is taken from `trained`.
+    DoRA stays DoRA, with the same magnitudes. Both are the tensors of files of one adapter: after training, and as it
+    was at first. What is no factor of LoRA, such as modules that are trained whole, is taken from `trained`.
 
-    Raises: ConfigError for variants whose update is no product of two factors, CheckpointError where the files differ
-        in keys or shapes.
+    Raises: ConfigError for other methods and forms, CheckpointError where the files differ in keys or shapes.
     """
     if not isinstance(config, LoraConfig):
         raise ConfigError(
             f"`path_initial_model_for_weight_conversion` is for LoRA, and this is a {type(config).__name__}. "
             "Nothing was written."
         )
-    if config.use_dora:
+    if config.use_bdlora is not None or config.use_qalora:
         raise ConfigError(
-            "`use_dora` is `True`: rows that are scaled to trained lengths are no difference of two plain LoRAs. "
-            "Nothing was written."
+            "`use_bdlora` and `use_qalora` have factors of another form, whose difference is none. Nothing was written."
         )
     tensors = dict(trained)
     for key, tensor in trained.items():
@@ -92,6 +93,56 @@ def initial_of(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> di
     if not found:
         return None
     return {key: found[key] if key in found else torch.zeros_like(tensor) for key, tensor in tensors.items()}
+
+
+class Trained:
+    """A `TensorSource` of the halves A and B of a file that was written from an adapter with these A0 and B0.
+
+    Raises: CheckpointError, in `read`, if the file has others.
+    """
+
+    def __init__(self, source: TensorSource, initial: Mapping[str, Tensor]) -> None:
+        self._source = source
+        self._initial = {key: first for key, first in initial.items() if split_file_key(key, (*_A, *_B)) is not None}
+        self.infos = {
+            key: replace(info, shape=tuple(self._initial[key].shape)) if key in self._initial else info
+            for key, info in source.infos.items()
+        }
+
+    def read(self, key: str) -> Tensor:
+        tensor = self._source.read(key)
+        first = self._initial.get(key)
+        if first is None:
+            return tensor
+        suffix = (split_file_key(key, (*_A, *_B)) or ("", ""))[1]
+        now, then = tensor.chunk(2, 0 if suffix in _A else 1)
+        then = then.to(first) if suffix in _A else -then.to(first)
+        if float((then - first).abs().max()) > _NEAR * float(first.abs().max()):
+            raise CheckpointError(
+                f"{shown(key)} was trained from other first factors than this model's adapter has, so that it cannot "
+                "go on from there: prepare the model with the same data, or load it under another name. Nothing was "
+                "changed."
+            )
+        return now.contiguous()
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def resumed(model: nn.Module, name: str, config: PeftConfig, source: TensorSource) -> tuple[PeftConfig, TensorSource]:
+    """Config and tensors of a file as the adapter `name` of `model` has them, if `portable` wrote it from there."""
+    own = state_of(model).configs[name]
+    if not isinstance(own, LoraConfig) or not isinstance(config, LoraConfig):
+        return config, source
+    begin = beginning(own.init_lora_weights)
+    if begin is None or not begin.subtracted or config.init_lora_weights is not True:
+        return config, source
+    own_keys = [key for key in source.infos if split_file_key(key, (*_A, *_B)) is not None]
+    initial = initial_of(model, name, {key: torch.empty(0) for key in own_keys})
+    halves = {} if initial is None else {key: first for key, first in initial.items() if first.numel()}
+    if config.r != 2 * own.r or len(halves) != len(own_keys):
+        return config, source
+    return own, Trained(source, halves)
 
 
 def portable(

@@ -174,20 +174,38 @@ def test_loraga_needs_no_gradients_of_the_weights_and_reads_what_it_has_written(
     assert all(torch.equal(built[0].state_dict()[key], value) for key, value in factors(built[1]).items())
 
 
-@pytest.mark.parametrize("init", ["corda", "lora_ga"])
-def test_files_are_plain_lora_since_nobody_could_know_what_is_subtracted(init: str, tmp_path: Path) -> None:
-    model, x = Net(), samples()[0]
-    config = corda("ipm") if init == "corda" else loraga()
+def prepared(init: str, seed: int = 2) -> Any:
+    """In place, with an adapter that began from data."""
+    model, config = Net(), corda("ipm") if init == "corda" else loraga()
     if init == "corda":
-        peftlite.preprocess_corda(model, config, lambda: [model(x) for x in samples()] and None)
+        data = samples() if seed == 2 else [torch.randn(40, 12)]
+        peftlite.preprocess_corda(model, config, lambda: [model(x) for x in data] and None)
     else:
         peftlite.preprocess_loraga(model, config, step(model))
-    peftlite.inject_adapter_in_model(config, model)
+    return peftlite.inject_adapter_in_model(config, model)
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_files_are_plain_lora_since_nobody_could_know_what_is_subtracted(init: str, tmp_path: Path) -> None:
+    model, x = prepared(init), samples()[0]
     train(model)
     peftlite.save_adapter(model, tmp_path)
     assert load_file(tmp_path / "adapter_model.safetensors")["base_model.model.layer.lora_A.weight"].shape == (6, 12)
     for library in (peftlite, peft):
         assert apart(library.PeftModel.from_pretrained(Net(), tmp_path)(x), model(x)) <= 2e-6
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_training_goes_on_from_such_a_file(init: str, tmp_path: Path) -> None:
+    model = prepared(init)
+    train(model)
+    peftlite.save_adapter(model, tmp_path)
+    again = prepared(init)
+    peftlite.load_adapter(again, tmp_path)
+    assert all(torch.equal(value, factors(model)[key]) for key, value in factors(again).items())
+    if init == "corda":
+        with pytest.raises(peftlite.errors.CheckpointError, match="other first factors"):
+            peftlite.load_adapter(prepared(init, seed=3), tmp_path)
 
 
 # ---- EVA

@@ -256,16 +256,22 @@ def test_conversion_to_plain_lora_is_peft_s_and_exact(init: str, fields: dict[st
         assert apart(library.PeftModel.from_pretrained(Net(), tmp_path / "ours")(x), expected) <= 2e-6
 
 
-def test_conversion_refuses_another_adapter_and_dora(tmp_path: Path) -> None:
+def test_conversion_refuses_another_adapter(tmp_path: Path) -> None:
     model = made(peftlite, Net(), init_lora_weights="pissa")
     made(peftlite, Net(), init_lora_weights="pissa", r=3).save_pretrained(tmp_path / "first")
     with pytest.raises(peftlite.errors.CheckpointError, match="not what this adapter was at first"):
         model.save_pretrained(tmp_path / "x", path_initial_model_for_weight_conversion=tmp_path / "first")
-    dora = made(peftlite, Net(), init_lora_weights="pissa", use_dora=True)
-    dora.save_pretrained(tmp_path / "dora")
-    with pytest.raises(peftlite.errors.ConfigError, match="`use_dora`"):
-        dora.save_pretrained(tmp_path / "x", path_initial_model_for_weight_conversion=tmp_path / "dora")
     assert not (tmp_path / "x").exists()
+
+
+def test_dora_that_began_away_from_zero_is_converted_to_dora(tmp_path: Path) -> None:
+    model = made(peftlite, Net(), init_lora_weights="pissa", use_dora=True)
+    model.save_pretrained(tmp_path / "first")
+    train(model)
+    x = torch.randn(5, 12)
+    model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=tmp_path / "first")
+    for library in (peftlite, peft):
+        assert apart(library.PeftModel.from_pretrained(Net(), tmp_path)(x), model(x)) <= 2e-6
 
 
 def test_what_began_away_from_zero_and_does_not_say_so_is_saved_as_plain_lora(tmp_path: Path) -> None:
