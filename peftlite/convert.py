@@ -88,6 +88,14 @@ def convert_to_lora(
     Returns: config and state dict, whose keys begin as those of `model` do; and how near they are to the original.
 
     Raises: ConfigError for an adapter whose effect is no change of weights, AdapterNameError, NoAdapterError.
+
+    Example:
+        >>> import peftlite
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = peftlite.inject(model, peftlite.LoHaConfig(r=2, target_modules=["0"], init_weights=False))
+        >>> config, state_dict = converted = peftlite.convert_to_lora(model, rank=4)
+        >>> config.r, sorted(state_dict), converted.relative_error < 1e-3
+        (4, ['0.lora_A.weight', '0.lora_B.weight'], True)
     """
     limit, base = checked_rank(rank), base_model_of(model)
     state = state_of(model)

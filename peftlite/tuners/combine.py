@@ -67,6 +67,14 @@ def add_weighted_adapter(
         AdapterNameError: an adapter is unknown, or the new name is taken or not allowed.
         ConfigError: an argument cannot be used, or the adapters cannot be combined.
         NoAdapterError, StateError: as for every call.
+
+    Example:
+        >>> import peftlite
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> for name, r in (("a", 2), ("b", 3)):
+        ...     plan = peftlite.inject(model, peftlite.LoraConfig(r=r, target_modules=["0"]), name)
+        >>> peftlite.add_weighted_adapter(model, ["a", "b"], [1.0, -0.5], "sum", "linear").ranks
+        {'0': 5}
     """
     state = state_of(model)
     names = tuple(adapters)
