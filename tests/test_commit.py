@@ -123,6 +123,26 @@ def test_an_interrupted_save_is_read_and_ended_by_the_next(tmp_path: Path, moved
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
 
 
+@pytest.mark.parametrize("name", [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+def test_a_save_that_moves_on_while_it_is_looked_at_is_no_disturbance(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(tmp_path / "a", TEXT, tensors())
+    _interrupt_after_commit(tmp_path / "a", {"r": 5}, tensors(5), 0)
+    stamped = commit._is_stamped
+
+    def moving(path: Path, stamp: commit.Stamp | None) -> bool:
+        pending = tmp_path / "a" / commit.PENDING / name
+        if path.name == name and pending.exists():
+            pending.replace(tmp_path / "a" / name)
+        return stamped(path, stamp)
+
+    monkeypatch.setattr(commit, "_is_stamped", moving)
+    config, weights = read(tmp_path / "a")
+    assert config == {"r": 5}
+    assert same(weights, tensors(5))
+
+
 @pytest.mark.parametrize("moved", [0, 1, 2])
 @pytest.mark.parametrize("name", [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
 def test_an_interrupted_save_that_somebody_saved_over_is_not_guessed_at(tmp_path: Path, moved: int, name: str) -> None:

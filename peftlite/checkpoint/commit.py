@@ -202,9 +202,10 @@ def opened(directory: Path, names: Sequence[str], guard: Callable[[Path], Path])
                 files[name] = _open_regular(guard(path))
             # in this order: a save that ended before the second look shows in the files, others in the manifest
             kept = manifest == _manifest(directory) and all(_same(files[name], path) for name, path in paths.items())
+            waiting = _waiting(directory, manifest)
             if kept and manifest is not None and _disturbed(directory, manifest):
                 kept = False
-                if manifest == _manifest(directory):
+                if manifest == _manifest(directory) and waiting == _waiting(directory, manifest):  # else it goes on
                     raise CheckpointError(
                         f"A save into `{directory}` was interrupted, and the files were changed since: which config "
                         f"and which weights belong together is not known. Save again, or remove `{PENDING}` there to "
@@ -255,13 +256,18 @@ def _is_entry(name: str, entry: Any) -> bool:
     return plain and all(isinstance(s, list) and len(s) == 2 for s in stamps)
 
 
+def _waiting(directory: Path, manifest: Mapping[str, Any] | None) -> set[str]:
+    """The files of a save that it has yet to move."""
+    return {name for name in manifest or () if os.path.lexists(directory / PENDING / name)}
+
+
 def _disturbed(directory: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether the files beside an interrupted save are others than it put there, or found there."""
+    waiting = _waiting(directory, manifest)
     for name, entry in manifest.items():
-        waiting = os.path.lexists(directory / PENDING / name)
-        if not _is_stamped(directory / name, entry["old" if waiting else "new"]):
+        if not _is_stamped(directory / name, entry["old" if name in waiting else "new"]):
             return True
-        if waiting and not _is_stamped(directory / PENDING / name, entry["new"]):
+        if name in waiting and not _is_stamped(directory / PENDING / name, entry["new"]):
             return True
     return False
 
