@@ -10,13 +10,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from peftlite.errors import ConfigError, nearest
+from peftlite.errors import ConfigError, clipped, nearest
+from peftlite.patterns import MAX_PATTERNS, bounded, is_plain
+
+MAX_ENTRIES = 200_000
+"""Of a field: no model has so many modules."""
 
 
 def show(value: object) -> str:
     """The value as it stands in an error message."""
     text = repr(value.value if isinstance(value, Enum) else value)
-    return f"`{text if len(text) <= 200 else text[:200] + '...'}`"
+    return f"`{clipped(text)}`"
 
 
 def wrong(field: str, value: object, wanted: str) -> ConfigError:
@@ -47,9 +51,16 @@ def check_int(field: str, value: object, least: int) -> int:
 
 def check_number(field: str, value: object) -> int | float:
     """A finite number, as int or float."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _is_finite(value):
         raise wrong(field, value, "a finite number")
     return operator.index(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def check_choice(field: str, value: object, choices: Collection[str]) -> str:
@@ -62,13 +73,32 @@ def check_choice(field: str, value: object, choices: Collection[str]) -> str:
     return text
 
 
-def check_regex(field: str, value: str) -> str:
-    """A string that compiles as a regular expression."""
+def check_regex(field: str, value: str, compile_: Callable[[str], object] = bounded) -> str:
+    """A string that is a regular expression, whose matching ends."""
+    if is_plain(value):
+        return value
     try:
-        re.compile(value)
+        compile_(value)
     except re.error as error:
         raise wrong(field, value, f"a valid regular expression ({error})") from error
     return value
+
+
+def check_count(field: str, patterns: Iterable[object]) -> None:
+    """No more patterns than can be held against every module; names are looked up, and do not count.
+
+    Raises: ConfigError.
+    """
+    count = sum(isinstance(pattern, str) and not is_plain(pattern) for pattern in patterns)
+    if count > MAX_PATTERNS:
+        raise ConfigError(
+            f"`{field}` has {count} patterns that are more than names; it can have {MAX_PATTERNS}. Nothing was changed."
+        )
+
+
+def _check_length(field: str, value: Collection[object]) -> None:
+    if len(value) > MAX_ENTRIES:
+        raise ConfigError(f"`{field}` has {len(value)} entries; it can have {MAX_ENTRIES}. Nothing was changed.")
 
 
 def check_names(field: str, value: object, *, sort: bool = True) -> list[str] | None:
@@ -76,10 +106,11 @@ def check_names(field: str, value: object, *, sort: bool = True) -> list[str] | 
     if value is None:
         return None
     if isinstance(value, str):
-        raise wrong(field, value, f"a list of names (did you mean `{[value]}`?)")
+        raise wrong(field, value, f"a list of names (did you mean {show([value])}?)")
     if isinstance(value, Mapping) or not isinstance(value, Iterable):
         raise wrong(field, value, "a list of names or None")
     names = list(value)
+    _check_length(field, names)
     if not all(isinstance(name, str) and name for name in names):
         raise wrong(field, value, "a list of non-empty strings")
     keep = not sort and isinstance(value, Sequence)
@@ -99,7 +130,9 @@ def check_indices(field: str, value: object) -> list[int] | int | None:
         return check_int(field, value, 0)
     if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
         raise wrong(field, value, "an int, a list of ints or None")
-    return sorted({check_int(field, item, 0) for item in value})
+    indices = list(value)
+    _check_length(field, indices)
+    return sorted({check_int(field, item, 0) for item in indices})
 
 
 def check_pattern(field: str, value: object, check: Callable[[str, object], Any]) -> dict[str, Any]:
@@ -108,6 +141,8 @@ def check_pattern(field: str, value: object, check: Callable[[str, object], Any]
         return {}
     if not isinstance(value, Mapping):
         raise wrong(field, value, "a dict from patterns of names to values")
+    _check_length(field, value)
+    check_count(field, value)
     for key in value:
         if not isinstance(key, str) or not key:
             raise wrong(field, value, "a dict whose keys are non-empty strings")

@@ -24,6 +24,7 @@ from peftlite.errors import (
     ConfigError,
     PeftliteWarning,
     UnsupportedFeatureError,
+    clipped,
     nearest,
 )
 
@@ -237,15 +238,18 @@ def config_from_dict(values: Mapping[str, Any]) -> PeftConfig:
     asked = [key for key in unknown if not _is_off(values[key])]
     if asked:
         version = values.get("peft_version")
-        writer = f"PEFT `{version}`" if version else "an unknown version of PEFT (it has no `peft_version`)"
-        listed = ", ".join(f"`{key}` to {show(values[key])} (nearest: {nearest(key, known)})" for key in asked)
+        writer = (
+            f"PEFT `{clipped(str(version))}`" if version else "an unknown version of PEFT (it has no `peft_version`)"
+        )
+        first = [f"`{clipped(key)}` to {show(values[key])} (nearest: {nearest(key, known)})" for key in asked[:5]]
+        listed = ", ".join([*first, *(["..."] if len(asked) > 5 else [])])
         raise ConfigError(
             f"The adapter config sets {listed}, which {cls.__name__} does not have. The file was written by {writer}; "
             f"this version reads the keys of PEFT {FORMAT_VERSION}. Nothing was changed."
         )
     ignored = sorted({*unknown, *(key for key in cls.runtime_fields if values.get(key))})
     if ignored:
-        listed = ", ".join(f"`{key}`" for key in ignored)
+        listed = ", ".join(f"`{clipped(key)}`" for key in ignored[:20])
         text = f"The adapter config has {listed}, without effect here: ignored."
         warnings.warn(text, PeftliteWarning, stacklevel=2)
     return cls(**{key: copy.deepcopy(values[key]) for key in values if key in known - cls.runtime_fields})

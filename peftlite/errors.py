@@ -74,6 +74,11 @@ class PeftliteWarning(UserWarning):
 
 def nearest(value: str, choices: Iterable[str], n: int = 3) -> str:
     """The choices most like `value`, in backticks, for error messages; all of them when few and none is near."""
-    pool = list(dict.fromkeys(choices))
+    pool, value = list(dict.fromkeys(choices)), value[:1000]
     found = difflib.get_close_matches(value, pool, n=n, cutoff=0.5) or (pool if len(pool) <= 8 else pool[:n])
-    return ", ".join(f"`{c}`" for c in found) or "none"
+    return ", ".join(f"`{clipped(c)}`" for c in found) or "none"
+
+
+def clipped(text: str, most: int = 200) -> str:
+    """A text of any length, from anywhere, fit for an error message."""
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -17,6 +17,7 @@ import pytest
 PACKAGE = "peftlite"
 ROOMS = (
     ("errors",),
+    ("patterns",),
     ("checks",),
     ("config",),
     ("core",),

@@ -31,7 +31,7 @@ from peftlite.core.targets import (
 from peftlite.core.ties import tied_sites
 from peftlite.core.tree import Place, base_model_of, check_one_state, find_state, places
 from peftlite.core.variant import COMPANIONS, TunerSpec, tuner_for
-from peftlite.errors import ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError
+from peftlite.errors import ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError, clipped
 
 C = TypeVar("C", bound=PeftConfig)
 
@@ -98,7 +98,8 @@ def plan(
     complain(replace(selection, unmatched=missing), unmatched, type(base).__name__, stacklevel=3)
     if not selection.targets and not parameters.targets:
         raise TargetNotFoundError(
-            f"`target_modules={config.to_dict().get('target_modules')!r}` matches no module of {type(base).__name__}.\n"
+            f"`target_modules={clipped(repr(config.to_dict().get('target_modules')))}` matches no module of "
+            f"{type(base).__name__}.\n"
             f"{report(missing, type(base).__name__)}\nNothing was changed."
         )
     wanted = [(path, None) for path in selection.targets] + [found.split(path) for path in parameters.targets]

@@ -24,7 +24,8 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from peftlite.config import PeftConfig
-from peftlite.errors import ConfigError, PeftliteWarning, TargetNotFoundError, nearest
+from peftlite.errors import ConfigError, PeftliteWarning, TargetNotFoundError, clipped, nearest
+from peftlite.patterns import BoundedPattern, bounded, is_plain
 
 ALL_LINEAR = "all-linear"
 UnmatchedPolicy = Literal["error", "warn", "ignore"]
@@ -43,7 +44,8 @@ class Unmatched:
         """What the entry may have meant, in backticks."""
         if isinstance(self.entry, int):
             return ", ".join(f"`{index}`" for index in self.paths) or "none"
-        return nearest(self.entry, _ends_like(self.entry, self.paths))
+        entry = self.entry[:1000]
+        return nearest(entry, _ends_like(entry, self.paths))
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,13 @@ def select(paths: Iterable[str], spec: TargetSpec, *, linear: Collection[str] = 
             f"name modules, for example `{ALL_LINEAR}`. Nothing was changed."
         )
     pool = tuple(path for path in paths if path)
-    saved = tuple(_outermost(path for path in pool if path.endswith(spec.modules_to_save)))
+    ends = endings(spec.modules_to_save)
+    saved = tuple(_outermost(path for path in pool if ends(path)))
     is_target = _target_test(spec.target_modules, linear)
     is_excluded = _target_test(spec.exclude_modules)
     open_ = _not_below(saved)
     candidates = [path for path in pool if is_target(path) and not is_excluded(path) and open_(path)]
-    targets = tuple(path for path in candidates if _is_in_layers(path, spec))
+    targets = tuple(filter(_layer_test(spec), candidates))
     return Selection(targets, saved, tuple(_unmatched(pool, candidates, targets, spec, linear)))
 
 
@@ -197,7 +200,7 @@ class _Index:
     """
 
     plain: dict[tuple[int, ...], dict[tuple[str, ...], int]]
-    regular: list[tuple[int, re.Pattern[str]]]
+    regular: list[tuple[int, BoundedPattern]]
 
     def plain_matches(self, path: str) -> Iterator[int]:
         for lengths, known in self.plain.items():
@@ -219,11 +222,11 @@ class _Index:
 def _index(patterns: tuple[str, ...]) -> _Index:
     index = _Index({}, [])
     for position, pattern in enumerate(patterns):
-        if re.fullmatch(r"[\w.]*", pattern):
+        if is_plain(pattern):
             names = tuple(pattern.split("."))
             index.plain.setdefault(tuple(map(len, names)), {}).setdefault(names, position)
         else:
-            index.regular.append((position, re.compile(pattern)))
+            index.regular.append((position, bounded(pattern)))
     return index
 
 
@@ -231,8 +234,7 @@ def _target_test(names: tuple[str, ...] | str, linear: Collection[str] = ()) -> 
     if is_all_linear(names):
         return frozenset(linear).__contains__
     if isinstance(names, str):
-        whole = re.compile(names)
-        return lambda path: whole.fullmatch(path) is not None
+        return bounded(names).fullmatch
     wanted = frozenset(names)
     return lambda path: any(end in wanted for end in _ends(path))
 
@@ -254,11 +256,24 @@ def _outermost(paths: Iterable[str]) -> list[str]:
     return [path for path in found if not any(parent in taken for parent in _parents(path) if parent != path)]
 
 
-def _is_in_layers(path: str, spec: TargetSpec) -> bool:
-    is_named = not isinstance(spec.target_modules, str) and path in (spec.target_modules or ())
-    if not spec.layers_to_transform or is_named:
-        return True
-    return layer_index(path, spec.layers_pattern) in spec.layers_to_transform
+def _layer_test(spec: TargetSpec) -> Callable[[str], bool]:
+    if not spec.layers_to_transform:
+        return lambda path: True
+    named = frozenset(() if isinstance(spec.target_modules, str) else spec.target_modules or ())
+    layers = frozenset(spec.layers_to_transform)
+    return lambda path: path in named or layer_index(path, spec.layers_pattern) in layers
+
+
+def endings(entries: Iterable[str]) -> Callable[[str], list[str]]:
+    """A function that gives those of the entries with which a path ends; looked up, as there can be masses of them."""
+    known = frozenset(entries)
+    lengths = sorted(set(map(len, known)))
+
+    def found(path: str) -> list[str]:
+        ends = (path[len(path) - length :] for length in lengths if length <= len(path))
+        return [end for end in ends if end in known]
+
+    return found
 
 
 # -- which entries matched nothing -------------------------------------------------------------------------------------
@@ -270,9 +285,9 @@ def _unmatched(
     """Names are sought among all modules; layers and patterns among those that the targets leave over."""
     yield from _unmatched_names("target_modules", spec.target_modules or (), pool, linear)
     yield from _unmatched_names("exclude_modules", spec.exclude_modules, pool)
-    for entry in spec.modules_to_save:
-        if not any(path.endswith(entry) for path in pool):
-            yield Unmatched("modules_to_save", entry, pool)
+    ends_of = endings(spec.modules_to_save)
+    ends = {end for path in pool for end in ends_of(path)}
+    yield from (Unmatched("modules_to_save", entry, pool) for entry in spec.modules_to_save if entry not in ends)
     yield from _unmatched_layers(pool, candidates, spec)
     for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         index = _index(patterns)
@@ -320,6 +335,7 @@ def _line(item: Unmatched, model: str) -> str:
     kind = {"layers_to_transform": "no layer", "rank_pattern": "no target", "alpha_pattern": "no target"}
     what = kind.get(item.field, "no module")
     tail = ""
-    if item.field in ("target_modules", "exclude_modules") and f"`{item.entry}`" in item.nearest.split(", "):
-        tail = f" A string is a regular expression for a whole path; as a name it goes into a list: [{item.entry!r}]."
-    return f"`{item.field}` has `{item.entry}`, which matches {what} of {model}; nearest: {item.nearest}.{tail}"
+    entry = clipped(str(item.entry))
+    if item.field in ("target_modules", "exclude_modules") and f"`{entry}`" in item.nearest.split(", "):
+        tail = f" A string is a regular expression for a whole path; as a name it goes into a list: [{entry!r}]."
+    return f"`{item.field}` has `{entry}`, which matches {what} of {model}; nearest: {item.nearest}.{tail}"

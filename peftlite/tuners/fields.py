@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peftlite.checks import check_indices, check_names, check_names_or_regex, check_number, check_regex, show, wrong
+from peftlite.checks import (
+    check_count,
+    check_indices,
+    check_names,
+    check_names_or_regex,
+    check_number,
+    check_regex,
+    show,
+    wrong,
+)
 from peftlite.config import PeftConfig
 from peftlite.core.hosts import Host
 from peftlite.errors import ConfigError
+from peftlite.patterns import single
 
 
 def check_targets(config: PeftConfig) -> None:
@@ -32,10 +42,11 @@ def check_targets(config: PeftConfig) -> None:
 
 def _layers_pattern(value: Any) -> list[str] | str | None:
     if isinstance(value, str):
-        return check_regex("layers_pattern", value)
+        return check_regex("layers_pattern", value, single)
     names = check_names("layers_pattern", value, sort=False)
+    check_count("layers_pattern", names or ())
     for name in names or ():
-        check_regex("layers_pattern", name)
+        check_regex("layers_pattern", name, single)
     return names
 
 

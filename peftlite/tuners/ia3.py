@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from peftlite.core.hosts import ALL_ROWS, ConvHost, Dense, Host, LinearHost
 from peftlite.core.slots import Slot, View
 from peftlite.core.variant import Placement, Program, TunerSpec, Variant, register
 from peftlite.errors import ConfigError
+from peftlite.patterns import bounded
 from peftlite.tuners.fields import check_targets, note_storage
 
 
@@ -50,7 +50,8 @@ class IA3Config(PeftConfig):
             check_bool(name, getattr(self, name))
         if not isinstance(self.feedforward_modules, list) or not isinstance(self.target_modules, list):
             return
-        strangers = [name for name in self.feedforward_modules if name not in self.target_modules]
+        targets = set(self.target_modules)
+        strangers = [name for name in self.feedforward_modules if name not in targets]
         if strangers:
             raise ConfigError(
                 f"`feedforward_modules` has {show(strangers[0])}, which `target_modules` has not: "
@@ -61,7 +62,7 @@ class IA3Config(PeftConfig):
         """Whether the module at this path has its input scaled, and not its output."""
         names = self.feedforward_modules or ()
         if isinstance(names, str):
-            return re.fullmatch(names, path) is not None
+            return bounded(names).fullmatch(path)
         return path.endswith(tuple(names))
 
 
