@@ -12,6 +12,7 @@ from peftlite.config import PeftConfig, PeftType
 from peftlite.core import lifecycle
 from peftlite.core.call import Call
 from peftlite.core.inject import check_config, inject
+from peftlite.core.transaction import atomic, keep, keep_all
 from peftlite.core.tree import Shell, base_model_of, find_state, named_layers
 from peftlite.core.variant import tuner_for
 from peftlite.errors import AdapterNameError, ConfigError, StateError, nearest
@@ -138,6 +139,7 @@ class BaseTuner(Wrapper):
 
     model: nn.Module
 
+    @atomic
     def __init__(
         self,
         model: nn.Module,
@@ -312,6 +314,9 @@ def prepare_for_gradient_checkpointing(model: nn.Module) -> None:
     checkpointing = getattr(model, "is_activation_checkpointing", None)  # in older versions `is_gradient_checkpointing`
     if not (getattr(model, "is_gradient_checkpointing", False) if checkpointing is None else checkpointing):
         return
+    keep(model.__dict__, "_require_grads_hook", "_require_grads_hooks")
+    for module in model.modules():
+        keep_all(module._forward_hooks)
     if (enable := getattr(model, "enable_input_require_grads", None)) is not None:
         enable()
     elif (embeddings := getattr(model, "get_input_embeddings", None)) is not None:

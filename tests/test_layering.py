@@ -32,6 +32,7 @@ ROOMS = (
     ("as_peft", "cli", "_hooks"),
 )
 CORE = (
+    "transaction",
     "slots",
     "state",
     "hosts",

@@ -25,12 +25,11 @@ from peftlite.checkpoint.state_dict import Staged, adapter_tensors, apply, bare,
 from peftlite.checkpoint.targets import Blueprint, Targets, live_targets
 from peftlite.checkpoint.tensorfile import TensorInfo, TensorSource
 from peftlite.config import HubOptions, PeftConfig, config_from_dict
-from peftlite.core import outputs
-from peftlite.core.binding import number, rebind
 from peftlite.core.inject import commit, facts_of, plan
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import set_requires_grad, state_of
-from peftlite.core.tree import base_model_of, find_state, layer_places, layers
+from peftlite.core.transaction import atomic
+from peftlite.core.tree import base_model_of, find_state
 from peftlite.core.variant import Placement, tuner_for
 from peftlite.errors import CheckpointError
 
@@ -113,6 +112,7 @@ def card_of(model: nn.Module, config: PeftConfig) -> Card:
 # ---- loading
 
 
+@atomic
 def load_adapter(
     model: nn.Module,
     id_or_dir: str | os.PathLike[str],
@@ -217,23 +217,9 @@ class Loader:
         planned = plan(self.model, self.config, self.name, unmatched="warn", autocast_adapter_dtype=autocast)
         blueprint = Blueprint.of(planned, device)
         report, staged = self._stage(blueprint.targets())
-        theirs = [(target, tensor) for target, tensor in staged if not target.of_base]
-        apply(theirs)
-        built = blueprint.built()
-        first = find_state(self.base) is None  # and so the base model will be frozen
-        flags = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()] if first else []
-
-        def detach() -> None:
-            take_back(self.base, self.name)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-
-        try:
-            commit(planned, built, trainable)
-        except BaseException:
-            detach()
-            raise
-        apply([(target, tensor) for target, tensor in staged if target.of_base], detach)
+        apply((target, tensor) for target, tensor in staged if not target.of_base)
+        commit(planned, blueprint.built(), trainable)
+        apply((target, tensor) for target, tensor in staged if target.of_base)
         return report
 
     def _stage(self, targets: Targets) -> tuple[LoadReport, Staged]:
@@ -280,20 +266,3 @@ def numbers_of(layer: AdapterLayer, config: PeftConfig, path: str) -> dict[str, 
     variant = layer.tuner.variant_for(config)
     values = variant.init(layer.host, placement)
     return {"variant": type(variant).__name__, **{key: values.get(key) for key in layer.tuner.numbers}}
-
-
-def take_back(base: nn.Module, name: str) -> None:
-    """Remove whatever was attached of an adapter, even if attaching it was interrupted."""
-    state = find_state(base)
-    for layer in list(layers(base)):
-        layer.remove(name)
-    for place in reversed(layer_places(base)):
-        if isinstance(place.module, AdapterLayer) and not place.module.variants:
-            place.parent._modules[place.child] = place.module.wrapped
-    if state is not None:
-        if name in state.configs:
-            state.remove(name)
-        if not state.configs:
-            outputs.detach(base)
-        number(base)
-        rebind(base, state)

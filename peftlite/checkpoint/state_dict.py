@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import cmath
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from peftlite.checkpoint.targets import (
     SharedTarget,
     Target,
     Targets,
-    Undo,
     is_table,
     live_targets,
 )
@@ -31,6 +30,7 @@ from peftlite.core.inject import ModelFacts, facts_of
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import state_of
 from peftlite.core.state import bias_of
+from peftlite.core.transaction import atomic
 from peftlite.core.tree import Shell, base_model_of, is_bias
 from peftlite.errors import CheckpointError, ConfigError, PeftliteWarning, StateError
 
@@ -186,6 +186,7 @@ def taken_from(state_dict: Mapping[str, Tensor], model: nn.Module, chosen: Mappi
 # ---- into a model
 
 
+@atomic
 def set_peft_model_state_dict(
     model: nn.Module,
     peft_model_state_dict: Mapping[str, Tensor],
@@ -301,15 +302,8 @@ def is_finite(tensor: Tensor) -> bool:
     return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
-def apply(staged: Iterable[tuple[Target, Tensor]], undo: Callable[[], None] = lambda: None) -> None:
-    """Put every tensor in its place; if that is interrupted, take back what was put, and then call `undo`."""
-    done: list[Undo] = []
-    try:
-        for target, tensor in staged:
-            done.append(target.remember())
-            target.put(tensor)
-    except BaseException:
-        for take_back in reversed(done):
-            take_back()
-        undo()
-        raise
+@atomic
+def apply(staged: Iterable[tuple[Target, Tensor]]) -> None:
+    """Put every tensor in its place."""
+    for target, tensor in staged:
+        target.put(tensor)

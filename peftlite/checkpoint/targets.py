@@ -9,7 +9,7 @@ what else was there when it was written.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,11 +25,10 @@ from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import InjectionPlan, Site
 from peftlite.core.slots import BufferSlot, fill_in
 from peftlite.core.state import bias_of
+from peftlite.core.transaction import keep_values, write
 from peftlite.core.tree import base_model_of, find_state, is_bias
 from peftlite.core.variant import TunerSpec
 from peftlite.errors import CheckpointError, StateError
-
-Undo = Callable[[], None]
 
 
 class Target:
@@ -49,10 +48,6 @@ class Target:
     def put(self, new: Tensor) -> None:
         """Put a tensor there."""
         raise NotImplementedError(type(self).__name__)
-
-    def remember(self) -> Undo:
-        """How to give the place its present content back."""
-        return lambda: None
 
 
 @dataclass(frozen=True)
@@ -92,14 +87,9 @@ def _or_cpu(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-@torch.no_grad()
 def _copy(tensor: Tensor, new: Tensor) -> None:
-    tensor.copy_(new)
-
-
-def _copy_back(tensor: Tensor) -> Undo:
-    old = tensor.detach().clone()
-    return lambda: _copy(tensor, old)
+    keep_values(tensor)
+    write(tensor, new)
 
 
 # ---- an adapter that the model has
@@ -136,11 +126,6 @@ class LayerTarget(Target):
         else:
             _copy(self.tensor, new)
 
-    def remember(self) -> Undo:
-        if self.tensor.is_meta:
-            return lambda: self.layer.assign(self.name, self.suffix, self.tensor)
-        return _copy_back(self.tensor)
-
 
 @dataclass(frozen=True)
 class SharedTarget(Target):
@@ -160,9 +145,6 @@ class SharedTarget(Target):
             self.container[self.name] = new
         else:
             _copy(self.tensor, new)
-
-    def remember(self) -> Undo:
-        return (lambda: None) if self.tensor.is_meta else _copy_back(self.tensor)
 
 
 def live_targets(model: nn.Module, name: str, config: Any) -> Targets:
@@ -350,9 +332,6 @@ class BaseTarget(Target):
     def put(self, new: Tensor) -> None:
         if not self._has(new):
             _copy(self.live, new)
-
-    def remember(self) -> Undo:
-        return (lambda: None) if self.live.is_meta else _copy_back(self.live)
 
 
 def base_targets(spot: Spot, config: Any, facts: ModelFacts) -> Iterator[tuple[str, BaseTarget]]:

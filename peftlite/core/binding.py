@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from torch import nn
 
 from peftlite.core.state import AdapterState, bias_of
+from peftlite.core.transaction import on_failure
 from peftlite.core.tree import base_biases, layers, named_layers
 from peftlite.core.variant import Program
 from peftlite.errors import AdapterNameError
@@ -17,7 +19,7 @@ _MAX_PLANS = 256  # sets of adapters for which every layer's program is kept
 def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
     """Make `names` the active adapters of the whole model; overrides set on single layers end."""
     touched = {*state.active, *names}
-    state.active = names
+    state.change(active=names)
     for layer in layers(model):
         if layer.irregular:
             touched.update(layer.variants)
@@ -35,10 +37,18 @@ def sync(model: nn.Module, state: AdapterState, names: Iterable[str]) -> None:
 
 def rebind(model: nn.Module, state: AdapterState) -> None:
     """Bind every layer's program for what is active now; layers with an override of their own keep theirs."""
+    on_failure(partial(unbind, model, state))
     programs = plan_programs(model, state, state.active if state.enabled else ())
     for layer, program in zip(layers(model), programs, strict=True):
         if not layer.irregular:
             layer.bind(program)
+
+
+def unbind(model: nn.Module, state: AdapterState) -> None:
+    """Forget every layer's program; it is made again on use."""
+    state.plans.clear()
+    for layer in layers(model):
+        layer.unbind()
 
 
 def plan_programs(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> tuple[Program, ...]:

@@ -1,4 +1,4 @@
-"""Where both shapes meet: `plan` says what adding an adapter would do, and may raise; `inject` does exactly that."""
+"""Where both shapes meet: `plan` says what adding an adapter would do; `inject` does exactly that."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from peftlite.core.targets import (
     select,
 )
 from peftlite.core.ties import tied_sites
+from peftlite.core.transaction import atomic, put
 from peftlite.core.tree import Place, base_model_of, check_one_state, find_state, places
 from peftlite.core.variant import COMPANIONS, TunerSpec, tuner_for
 from peftlite.errors import ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError, clipped
@@ -336,8 +337,9 @@ def inject(
     return planned
 
 
+@atomic
 def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable: bool) -> None:
-    """Attach what was made for each site of a plan, which cannot fail."""
+    """Attach what was made for each site of a plan; all of it, or nothing."""
     base, name = planned.model, planned.adapter_name
     state = find_state(base)
     first = state is None
@@ -347,7 +349,7 @@ def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable
     attached: dict[str, AdapterLayer] = {}
     for site, values in zip(planned.sites, built, strict=True):
         layer = attached[site.path] = layer_at(site, state)
-        layer.__dict__["shared_weight"] |= site.shared
+        put(layer.__dict__, "shared_weight", layer.shared_weight or site.shared)
         if site.leader is None:
             layer.add(name, site.variant, values)
     for site in planned.sites:
@@ -378,5 +380,5 @@ def layer_at(site: Site, state: AdapterState) -> AdapterLayer:
         raise StateError(f"`{site.path}` is gone. The model was changed between plan and commit.")
     layer = AdapterLayer(module, site.tuner, state, site.param)
     for place in site.places:
-        place.parent._modules[place.child] = layer
+        put(place.parent._modules, place.child, layer)
     return layer

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftlite.core.call import Before, Call, begin, current, end
 from peftlite.core.state import AdapterState
+from peftlite.core.transaction import keep_all
 from peftlite.core.tree import base_model_of, find_state
 from peftlite.core.variant import tuner_for
 
@@ -64,6 +65,7 @@ def observe(model: nn.Module, config: Any) -> None:
     base = base_model_of(model)
     if tuner_for(config).variant_for(config).observes is not None and _open not in base._forward_pre_hooks.values():
         parameters(type(base))  # now, since compiled code cannot ask for a signature
+        keep_hooks(base)
         base.register_forward_pre_hook(_open, with_kwargs=True)
         base.register_forward_hook(_close, with_kwargs=True, always_call=True)
 
@@ -71,6 +73,7 @@ def observe(model: nn.Module, config: Any) -> None:
 def forget(model: nn.Module) -> None:
     """Undo `observe`."""
     base = base_model_of(model)
+    keep_hooks(base)
     for hooks, extras, ours in (
         (base._forward_pre_hooks, (base._forward_pre_hooks_with_kwargs,), _open),
         (base._forward_hooks, (base._forward_hooks_with_kwargs, base._forward_hooks_always_called), _close),
@@ -79,6 +82,15 @@ def forget(model: nn.Module) -> None:
             del hooks[key]
             for extra in extras:
                 extra.pop(key, None)
+
+
+def keep_hooks(base: nn.Module) -> None:
+    """Note which hooks there are."""
+    keep_all(base._forward_pre_hooks)
+    keep_all(base._forward_pre_hooks_with_kwargs)
+    keep_all(base._forward_hooks)
+    keep_all(base._forward_hooks_with_kwargs)
+    keep_all(base._forward_hooks_always_called)
 
 
 def _open(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

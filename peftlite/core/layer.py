@@ -24,6 +24,7 @@ from peftlite.core.slots import (
 )
 from peftlite.core.state import AdapterState
 from peftlite.core.tied import TiedLayer
+from peftlite.core.transaction import atomic, drop, keep, put
 from peftlite.core.variant import Program, TunerSpec, Variant
 from peftlite.errors import StateError
 
@@ -41,7 +42,9 @@ class AdapterLayer(TiedLayer):
         super().__init__()
         self._modules[tuner.base_slot] = base_layer
         for slot in tuner.slots:
-            self._modules[slot.name] = state.shared.setdefault(slot.name, BufferSlot()) if slot.shared else slot.kind()
+            if slot.shared and slot.name not in state.shared:
+                put(state.shared, slot.name, BufferSlot())
+            self._modules[slot.name] = state.shared[slot.name] if slot.shared else slot.kind()
         own = self.__dict__
         for number in tuner.numbers:
             own[number] = Numbers()
@@ -103,8 +106,8 @@ class AdapterLayer(TiedLayer):
         return found  # type: ignore[no-any-return]
 
     def add(self, name: str, variant: Variant, values: Mapping[str, Any]) -> None:
-        """Attach an adapter whose tensors and numbers were made by `variant.init`. Cannot fail."""
-        self.variants[name] = variant
+        """Attach an adapter whose tensors and numbers were made by `variant.init`."""
+        put(self.variants, name, variant)
         for key, value in values.items():
             if key == NEW_WEIGHT:
                 self.rewrite(value)
@@ -124,7 +127,7 @@ class AdapterLayer(TiedLayer):
         if name in self.merged_adapters:
             self.set_merged([n for n in self.merged_adapters if n != name])
         self.untie(name)
-        self.variants.pop(name, None)
+        drop(self.variants, name)
         for slot in self.tuner.slots:
             container = self.container(slot.name)
             if name in container:
@@ -133,7 +136,7 @@ class AdapterLayer(TiedLayer):
             if name in self.__dict__[number]:
                 del self.__dict__[number][name]
         if self._own_active is not None:
-            self.__dict__["_own_active"] = tuple(n for n in self._own_active if n != name)
+            put(self.__dict__, "_own_active", tuple(n for n in self._own_active if n != name))
         self.unbind()
 
     def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
@@ -146,9 +149,9 @@ class AdapterLayer(TiedLayer):
             yield from self.leaders[name].parameters_of(name)
 
     def follow(self, name: str, variant: Variant, leader: AdapterLayer) -> None:
-        """Attach an adapter that another layer on the same weight has. Cannot fail."""
-        self.leaders[name] = leader
-        leader.followers.setdefault(name, []).append(self)
+        """Attach an adapter that another layer on the same weight has."""
+        put(self.leaders, name, leader)
+        put(leader.followers, name, [*leader.followers.get(name, ()), self])
         self.add(name, variant, variant.follow(self.host, View(leader, name)))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -160,6 +163,7 @@ class AdapterLayer(TiedLayer):
                 found.update((suffix, tensor) for suffix, _, tensor in slot.suffixes(container[name]))
         return found
 
+    @atomic
     def assign(self, name: str, suffix: str, tensor: Tensor) -> None:
         """Put `tensor` in the place of the one that `tensors(name)[suffix]` is."""
         with self.here():
@@ -266,26 +270,30 @@ class AdapterLayer(TiedLayer):
         self.unbind()
 
     # ---- explicit overrides on this layer alone
+    @atomic
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use these adapters on this layer, whatever the model uses, until `set_adapter` is called on the model."""
         names = self.state.checked(adapter_names)
         self.set_merged([n for n in self.merged_adapters if n in names])
-        self.__dict__["_own_active"] = names
+        put(self.__dict__, "_own_active", names)
         if inference_mode:
-            self.state.trainable -= frozenset(names)
+            self.state.change(trainable=self.state.trainable - frozenset(names))
         self.state.sync((self,), self.variants)
         self.unbind()
 
+    @atomic
     def enable_adapters(self, enabled: bool) -> None:
         """Switch adapters on or off on this layer alone; switching off unmerges."""
         if not enabled:
             self.set_merged(())
-        self.__dict__["_own_enabled"] = bool(enabled)
+        put(self.__dict__, "_own_enabled", bool(enabled))
         self.unbind()
 
     def clear_overrides(self) -> None:
         """Follow the model again."""
-        self.__dict__.update(_own_active=None, _own_enabled=None)
+        if self._own_active is not None or self._own_enabled is not None:
+            keep(self.__dict__, "_own_active", "_own_enabled")
+            self.__dict__.update(_own_active=None, _own_enabled=None)
         self.unbind()
 
     @property

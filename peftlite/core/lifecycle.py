@@ -22,6 +22,7 @@ from peftlite.core.rows import RowsCall, check_rows
 from peftlite.core.slots import View
 from peftlite.core.state import BASE, AdapterState, bias_of
 from peftlite.core.ties import note_shared, untied, warn_of_untying
+from peftlite.core.transaction import atomic, put
 from peftlite.core.tree import base_model_of, check_one_state, find_state, layer_places, layers, named_layers
 from peftlite.core.unpacking import put_back, unpack
 from peftlite.errors import MergeError, NoAdapterError, PeftliteWarning, StateError
@@ -48,6 +49,7 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 
 # ---- which adapters are in use
+@atomic
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
     """Use these adapters, and no others, from now on.
 
@@ -61,10 +63,11 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
     check_exclusive(model, names)
     remerge(model, lambda layer: [n for n in layer.merged_adapters if n in names])
     if inference_mode:
-        state.trainable -= frozenset(names)
+        state.change(trainable=state.trainable - frozenset(names))
     activate(model, state, names)
 
 
+@atomic
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Whether these adapters may train: their parameters require gradients while they are active.
 
@@ -72,7 +75,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     """
     state = state_of(model)
     names = state.checked(adapter_names)
-    state.trainable = state.trainable | set(names) if requires_grad else state.trainable - set(names)
+    state.change(trainable=state.trainable | set(names) if requires_grad else state.trainable - set(names))
     sync(model, state, names)
 
 
@@ -94,15 +97,16 @@ def disable_adapters(model: nn.Module) -> None:
     switch(model, False)
 
 
+@atomic
 def switch(model: nn.Module, enabled: bool) -> None:
     """Enable or disable the adapters of every layer."""
     state = state_of(model)
     if not enabled:
         remerge(model, lambda layer: [])
-    state.enabled = enabled
+    state.change(enabled=enabled)
     for layer in layers(model):
         if layer._own_enabled is not None:
-            layer.__dict__["_own_enabled"] = None
+            put(layer.__dict__, "_own_enabled", None)
             layer.unbind()
     rebind(model, state)
 
@@ -174,6 +178,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 # ---- merging
+@atomic
 def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
     """Merge adapters (default: the active ones) into the base weights; forward is then as fast as the base model's.
 
@@ -208,6 +213,7 @@ def merge_layers(model: nn.Module, names: Sequence[str], safe_merge: bool) -> di
     return untied(model, changed, uses)
 
 
+@atomic
 def unmerge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
     """Take adapters (default: all) out of the base weights again, bit for bit, in any order.
 
@@ -252,6 +258,7 @@ def check_mergeable(model: nn.Module, names: Sequence[str]) -> None:
 
 
 # ---- leaving
+@atomic
 def merge_and_unload(
     model: nn.Module,
     progressbar: bool = False,
@@ -285,6 +292,7 @@ def merge_and_unload(
     return take_out(model, names, bool(swaps))
 
 
+@atomic
 def unload(model: nn.Module) -> nn.Module:
     """Give back the base model as it was, without adapter layers and without any adapter's effect.
 
@@ -302,7 +310,7 @@ def take_out(model: nn.Module, names: Sequence[str], dequantised: bool = False) 
     for place in reversed(layer_places(base)):  # a layer inside another goes first
         if isinstance(place.module, AdapterLayer):
             remains = kept.setdefault(id(place.module), outcome(place.module, names))
-            place.parent._modules[place.child] = remains
+            put(place.parent._modules, place.child, remains)
     detach(base)
     forget(base)
     unloaded = facts_of(base).unloaded
@@ -320,6 +328,7 @@ def outcome(layer: AdapterLayer, names: Sequence[str]) -> nn.Module:
     return layer.keep_merged()
 
 
+@atomic
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter from every layer; a layer left without any becomes its base layer again.
 
@@ -338,7 +347,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     state.remove(adapter_name)
     for place in reversed(layer_places(base)):
         if isinstance(place.module, AdapterLayer) and not place.module.variants:
-            place.parent._modules[place.child] = place.module.wrapped
+            put(place.parent._modules, place.child, place.module.wrapped)
     if not state.configs:
         detach(base)
         forget(base)
@@ -355,6 +364,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     rebind(base, state)
 
 
+@atomic
 def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
     """Multiply one adapter's scaling by `factor` on every layer.
 

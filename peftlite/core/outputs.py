@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core.call import current
+from peftlite.core.transaction import keep_all
 from peftlite.core.tree import base_model_of, find_state
 from peftlite.core.variant import TunerSpec, tuner_for
 
@@ -16,12 +17,14 @@ def attach(model: nn.Module, tuner: TunerSpec) -> None:
     """Have `tuner.after_forward`, if it has one, called after each forward of the base model."""
     base = base_model_of(model)
     if tuner.after_forward is not None and after_forward not in base._forward_hooks.values():
+        keep_all(base._forward_hooks)
         base.register_forward_hook(after_forward)
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`."""
     hooks = base_model_of(model)._forward_hooks
+    keep_all(hooks)
     for key in [key for key, hook in hooks.items() if hook is after_forward]:
         del hooks[key]
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from peftlite.core.transaction import drop, keep, on_failure, put
 
 
 class ModuleSlot(nn.ModuleDict):
@@ -21,7 +24,10 @@ class ModuleSlot(nn.ModuleDict):
         return "ModuleDict"
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
-        self._modules[key] = module
+        put(self._modules, key, module)
+
+    def __delitem__(self, key: str) -> None:
+        drop(self._modules, key)
 
 
 class ParameterSlot(nn.ParameterDict):
@@ -56,11 +62,11 @@ class ParameterSlot(nn.ParameterDict):
         return self._parameters[key]
 
     def __setitem__(self, key: str, parameter: Any) -> None:
-        self._parameters[key] = parameter
+        put(self._parameters, key, parameter)
         self._replaced()
 
     def __delitem__(self, key: str) -> None:
-        del self._parameters[key]
+        drop(self._parameters, key)
 
     def __len__(self) -> int:
         return len(self._parameters)
@@ -97,15 +103,19 @@ class BufferSlot(nn.Module):
         return self._buffers[key]
 
     def __setitem__(self, key: str, tensor: Tensor) -> None:
-        self._buffers[key] = tensor
+        put(self._buffers, key, tensor)
 
     def __delitem__(self, key: str) -> None:
-        del self._buffers[key]
-        self._non_persistent_buffers_set.discard(key)
+        drop(self._buffers, key)
+        if not self.in_files(key):
+            on_failure(partial(self._non_persistent_buffers_set.add, key))
+            self._non_persistent_buffers_set.discard(key)
 
     def leave_out(self, key: str) -> None:
         """Keep an adapter's tensor out of state dicts and files: it can be made again."""
-        self._non_persistent_buffers_set.add(key)
+        if self.in_files(key):
+            on_failure(partial(self._non_persistent_buffers_set.discard, key))
+            self._non_persistent_buffers_set.add(key)
 
     def in_files(self, key: str) -> bool:
         """Whether state dicts and files have this adapter's tensor."""
@@ -186,12 +196,13 @@ class Numbers(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         if self.on_write is not None:
             self.on_write(key)
+        keep(self, key)
         super().__setitem__(key, value)
 
     def __delitem__(self, key: str) -> None:
         if self.on_write is not None:
             self.on_write(key)
-        super().__delitem__(key)
+        drop(self, key)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Numbers, (dict(self),)
@@ -256,9 +267,9 @@ def replace_tensor(container: SlotContainer, name: str, attribute: str, tensor: 
     module = owner.get_submodule(path)
     held = module._parameters.get(leaf)
     if held is not None:
-        module._parameters[leaf] = nn.Parameter(tensor, held.requires_grad)
+        put(module._parameters, leaf, nn.Parameter(tensor, held.requires_grad))
     else:
-        module._buffers[leaf] = tensor
+        put(module._buffers, leaf, tensor)
 
 
 def fill_in(slots: Iterable[Slot], values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:

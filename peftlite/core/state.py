@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
 
 from peftlite.config import PeftConfig
 from peftlite.core.slots import BufferSlot
+from peftlite.core.transaction import drop, keep, on_failure, put
 from peftlite.errors import AdapterNameError, ConfigError, nearest
 
 BASE = "__base__"
@@ -50,18 +52,22 @@ class AdapterState:
     # ---- adapters
     def add(self, name: str, config: PeftConfig, trainable: bool) -> None:
         """Register an adapter; it gets an id that no other adapter of this model ever had."""
-        self.configs[name] = config
-        self.ids[name] = self._next_id
-        self._next_id += 1
+        put(self.configs, name, config)
+        put(self.ids, name, self._next_id)
+        self.change(_next_id=self._next_id + 1)
         if trainable:
-            self.trainable |= {name}
+            self.change(trainable=self.trainable | {name})
 
     def remove(self, name: str) -> None:
         """Forget an adapter."""
-        del self.configs[name], self.ids[name]
-        self.memory.pop(name, None)
-        self.active = tuple(n for n in self.active if n != name)
-        self.trainable -= {name}
+        for of_adapters in (self.configs, self.ids, self.memory):
+            drop(of_adapters, name)
+        self.change(active=tuple(n for n in self.active if n != name), trainable=self.trainable - {name})
+
+    def change(self, **values: Any) -> None:
+        """Set attributes, to be taken back."""
+        keep(self.__dict__, *values)
+        self.__dict__.update(values)
 
     def checked(self, names: str | Iterable[str]) -> tuple[str, ...]:
         """`names` as a tuple without repeats, each the name of an adapter of this model.
@@ -91,10 +97,9 @@ class AdapterState:
             for name in names:
                 wanted = self.wants_grad(name, active)
                 for parameter in layer.parameters_of(name):
-                    if parameter.requires_grad is not wanted:
-                        parameter.requires_grad_(wanted)
+                    flag(parameter, wanted)
         for owner, parameter in biases:
-            parameter.requires_grad_(self.wants_grad(owner))
+            flag(parameter, self.wants_grad(owner))
 
 
 def check_adapter_name(name: str, taken: Sequence[str] | Iterable[str] = ()) -> None:
@@ -117,7 +122,14 @@ def check_adapter_name(name: str, taken: Sequence[str] | Iterable[str] = ()) -> 
 def freeze(model: nn.Module) -> None:
     """The base model stops training: what happens once, before the first adapter is added."""
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        flag(parameter, False)
+
+
+def flag(parameter: nn.Parameter, wanted: bool) -> None:
+    """Write `requires_grad`, to be taken back."""
+    if parameter.requires_grad is not wanted:
+        on_failure(partial(parameter.requires_grad_, not wanted))
+        parameter.requires_grad_(wanted)
 
 
 def check_bias_owner(state: AdapterState, config: PeftConfig) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from peftlite.core.hosts import Saved
 from peftlite.core.merging import MergingLayer
 from peftlite.core.residency import is_away, near
+from peftlite.core.transaction import drop, put
 
 
 class TiedLayer(MergingLayer):
@@ -57,7 +58,8 @@ class TiedLayer(MergingLayer):
 
     def untie(self, name: str) -> None:
         """Forget that an adapter, which is being removed, is shared with other layers."""
-        leader = self.leaders.pop(name, None)
+        leader = self.leaders.get(name)
+        drop(self.leaders, name)
         if leader is not None and self in leader.followers.get(name, ()):
-            leader.followers[name].remove(self)
-        self.followers.pop(name, None)
+            put(leader.followers, name, [one for one in leader.followers[name] if one is not self])
+        drop(self.followers, name)

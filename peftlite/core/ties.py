@@ -12,6 +12,7 @@ from peftlite.config import PeftConfig
 from peftlite.core.hosts import EmbeddingHost, Host, is_borrowed
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import Site
+from peftlite.core.transaction import put
 from peftlite.core.tree import base_model_of, layers, named_layers, places
 from peftlite.core.variant import TunerSpec
 from peftlite.errors import ConfigError, PeftliteWarning
@@ -115,7 +116,8 @@ def note_shared(model: nn.Module) -> dict[int, list[Use]]:
     for layer in layers(model):
         if not layer.merged:
             own = [tensor for tensor in (layer.host.parameter, layer.host.bias) if tensor is not None]
-            layer.__dict__["shared_weight"] = any(len(uses.get(id(one), ())) > 1 or is_borrowed(one) for one in own)
+            shared = any(len(uses.get(id(one), ())) > 1 or is_borrowed(one) for one in own)
+            put(layer.__dict__, "shared_weight", shared)
     return uses
 
 

@@ -13,6 +13,8 @@ from peftlite.core.hosts import host_for
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.packed import PackedHost
 from peftlite.core.slots import is_floating
+from peftlite.core.transaction import on_failure
+from peftlite.core.transaction import put as put_in
 from peftlite.core.tree import Place, base_model_of, places
 
 
@@ -51,7 +53,9 @@ def put_back(swaps: Iterable[Swap]) -> None:
 
 def put(place: Place, module: nn.Module) -> None:
     """Let `module` be in this place."""
-    place.parent._modules[place.child] = module
+    if isinstance(place.parent, AdapterLayer):
+        on_failure(place.parent.unbind)
+    put_in(place.parent._modules, place.child, module)
     if isinstance(place.parent, AdapterLayer):
         place.parent.unbind()
 

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.slots import View
+from peftlite.core.transaction import keep, keep_values
 from peftlite.errors import ConfigError
 from peftlite.tuners.lora.dora import Dora
 from peftlite.tuners.lora.lowrank import LowRank
 from peftlite.tuners.lora.plain import Lora
 from peftlite.tuners.lora.stacks import names_of, padded, stack_of, stored, times
 from peftlite.tuners.lora.start import Mica, Shifted, start_of
+
+SIZES = ("out_features", "in_features", "out_channels", "in_channels")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def put_numbers(layer: AdapterLayer, name: str, r: int, alpha: float, scaling: f
     """Note an adapter's numbers; a scaling that is a tensor is written in place, so that compiled code sees it."""
     held = layer.scaling[name]
     if isinstance(held, Tensor):
+        keep_values(held)
         held.fill_(scaling)
     elif held != scaling:
         layer.scaling[name] = scaling
@@ -96,6 +100,8 @@ def resize(layer: AdapterLayer, name: str) -> None:
     """Let the modules of an adapter's factors say the sizes that they have."""
     for slot in ("lora_A", "lora_B"):
         module: Any = layer.container(slot)._modules.get(name)
+        if module is not None:
+            keep(module.__dict__, *(key for key in SIZES if key in module.__dict__))
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

@@ -11,6 +11,7 @@ from peftlite.checkpoint.state_dict import check_unmerged
 from peftlite.checks import check_choice, check_int
 from peftlite.core.binding import rebind
 from peftlite.core.lifecycle import state_of
+from peftlite.core.transaction import atomic, keep
 from peftlite.errors import PeftliteWarning, StateError
 from peftlite.hotswap.compatible import lora_config
 from peftlite.hotswap.place import Place, put_numbers, resize, scaling_as_tensor
@@ -19,6 +20,7 @@ from peftlite.tuners.lora.fit import adapted, fitted
 from peftlite.tuners.lora.variant import LORA
 
 
+@atomic
 def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,
@@ -61,6 +63,7 @@ def prepare_model_for_compiled_hotswap(
         resize(layer, name)
         scaling_as_tensor(layer, name)
         put_numbers(layer, name, numbers[name][path][0], configs[name].alpha_for(path), configs[name].scaling_for(path))
+    keep(state.configs, *configs)
     state.configs.update(configs)
     rebind(model, state)
 

@@ -22,6 +22,7 @@ from peftlite.config import HubOptions, PeftConfig, config_from_dict
 from peftlite.core.binding import rebind
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import merged_adapters, state_of
+from peftlite.core.transaction import atomic, keep_values, put
 from peftlite.core.tree import base_model_of
 from peftlite.errors import CheckpointError, ConfigError, PeftliteWarning, StateError
 from peftlite.hotswap.compatible import check_hotswap_configs_compatible, lora_config
@@ -101,6 +102,7 @@ class WholeSource(Protocol):
     def read_all(self) -> dict[str, Tensor]: ...
 
 
+@atomic
 def swap(model: nn.Module, name: str, config: PeftConfig, source: WholeSource) -> None:
     """Plan, read, check, and then carry out."""
     model = bare(model)
@@ -120,6 +122,7 @@ def swap(model: nn.Module, name: str, config: PeftConfig, source: WholeSource) -
             PeftliteWarning,
             stacklevel=3,
         )
+    keep_values(*(live for live, _ in copies))
     with torch.no_grad():
         if copies:
             torch._foreach_copy_([live for live, _ in copies], [new for _, new in copies])
@@ -128,7 +131,7 @@ def swap(model: nn.Module, name: str, config: PeftConfig, source: WholeSource) -
         resize(layer, name)
     for layer, r, alpha, scaling in planned.numbers:
         put_numbers(layer, name, r, alpha, scaling)
-    state.configs[name] = planned.config
+    put(state.configs, name, planned.config)
     rebind(model, state)  # now, and not in the next call, which may be compiled
 
 

@@ -13,6 +13,7 @@ from peftlite.config import PeftConfig
 from peftlite.core import lifecycle
 from peftlite.core.inject import check_config, inject
 from peftlite.core.targets import UnmatchedPolicy
+from peftlite.core.transaction import atomic
 from peftlite.core.variant import tuner_for
 from peftlite.errors import CheckpointError, StateError, UnsupportedFeatureError
 from peftlite.model.wrapper import PeftModel, model_class_for
@@ -76,6 +77,7 @@ def wrap(model: nn.Module) -> PeftModel:
     return model_class_for(next(iter(configs.values()))).around(model)
 
 
+@atomic
 def inject_adapter_in_model(
     peft_config: PeftConfig,
     model: M,

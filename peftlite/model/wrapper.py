@@ -28,6 +28,7 @@ from peftlite.config import PeftConfig, PeftType, TaskType
 from peftlite.core import lifecycle, status
 from peftlite.core.inject import check_config, inject
 from peftlite.core.targets import UnmatchedPolicy
+from peftlite.core.transaction import atomic, evaluate
 from peftlite.core.tree import base_model_of, layers
 from peftlite.errors import StateError, UnsupportedFeatureError
 
@@ -57,6 +58,7 @@ class PeftModel(Wrapper):
         if task is not None:
             TASK_MODELS[task] = cls
 
+    @atomic
     def __init__(
         self,
         model: nn.Module,
@@ -83,6 +85,7 @@ class PeftModel(Wrapper):
         prepare_for_gradient_checkpointing(model)
 
     @classmethod
+    @atomic
     def around(cls, model: nn.Module) -> PeftModel:
         """The wrapper of a model that has its adapters already; see `peftlite.wrap`."""
         wrapper = cls.__new__(cls)
@@ -196,6 +199,7 @@ class PeftModel(Wrapper):
 
     # ---- files
     @classmethod
+    @atomic
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -249,8 +253,11 @@ class PeftModel(Wrapper):
             hub=hub.HubOptions.from_kwargs(hub_options),
         )
         wrapper = model_class_for(lifecycle.state_of(model).configs[adapter_name], cls).around(model)
-        return wrapper if is_trainable else wrapper.eval()
+        if not is_trainable:
+            evaluate(wrapper)
+        return wrapper
 
+    @atomic
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],
@@ -295,7 +302,7 @@ class PeftModel(Wrapper):
             hub=options,
         )
         if not is_trainable:
-            self.eval()
+            evaluate(self)
         return report
 
     def save_pretrained(

@@ -14,6 +14,7 @@ from peftlite.config import PeftType
 from peftlite.core.inject import commit, plan
 from peftlite.core.lifecycle import state_of
 from peftlite.core.state import bias_of, check_adapter_name
+from peftlite.core.transaction import atomic
 from peftlite.core.tree import layers
 from peftlite.errors import ConfigError, PeftliteWarning, UnsupportedFeatureError
 from peftlite.tuners.lora.combine import SUMS, TYPES, Recipe
@@ -23,6 +24,7 @@ from peftlite.tuners.lora.weighted import combine
 MAJORITIES = ("total", "frequency")
 
 
+@atomic
 def add_weighted_adapter(
     model: nn.Module,
     adapters: Sequence[str],

@@ -20,6 +20,7 @@ from peftlite.checkpoint.report import LoadReport, Strict
 from peftlite.checkpoint.tensorfile import MemoryTensors
 from peftlite.config import PeftConfig, config_from_dict
 from peftlite.core import lifecycle
+from peftlite.core.transaction import atomic, evaluate
 from peftlite.core.tree import find_state
 from peftlite.errors import AdapterNameError, ConfigError, PeftliteWarning, UnsupportedFeatureError, nearest
 from peftlite.integrations.transformers.owners import check_not_ours, is_foreign, is_foreign_config
@@ -101,6 +102,7 @@ def check_known(extra: Mapping[str, Any], known: set[str]) -> None:
             )
 
 
+@atomic
 def load(model: nn.Module, request: Request) -> LoadReport:
     """Load an adapter and make it the active one, as transformers does; a frozen one leaves the model in eval mode.
 
@@ -122,7 +124,7 @@ def load(model: nn.Module, request: Request) -> LoadReport:
     if new:
         lifecycle.set_adapter(model, request.name)
         if not request.trainable:
-            model.eval()
+            evaluate(model)
     return report
 
 

@@ -25,6 +25,7 @@ from peftlite.checkpoint.adapters import save_adapter
 from peftlite.config import PeftConfig
 from peftlite.core import lifecycle, status
 from peftlite.core.inject import inject
+from peftlite.core.transaction import atomic
 from peftlite.core.tree import find_state
 from peftlite.errors import ConfigError
 from peftlite.integrations.transformers import loading, routing, saving
@@ -41,6 +42,7 @@ Method = Callable[..., Any]
 
 
 # ---- the methods that transformers has too
+@atomic
 def add_adapter(model: nn.Module, adapter_config: PeftConfig, adapter_name: str | None = None) -> None:
     """Add a new adapter, in place, and make it the active one.
 
@@ -58,6 +60,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     lifecycle.set_adapter(model, adapter_name)
 
 
+@atomic
 def delete_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     """Remove adapters; see `peftlite.delete_adapter`.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from peftlite.core.transaction import drop, keep, keep_all, put
 from peftlite.errors import PeftliteWarning
 
 QUANTISED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -48,9 +49,11 @@ def untie(model: Any) -> None:
     accepted = accepts_untied(model.config)
     set_apart(model, list(pairs) if accepted else broken, pairs.values())
     if accepted:
+        keep(model.config.__dict__, "tie_word_embeddings")
         model.config.tie_word_embeddings = False
+    keys = getattr(model, "all_tied_weights_keys", {})
     for target in broken:
-        getattr(model, "all_tied_weights_keys", {}).pop(target, None)
+        drop(keys, target)
     names = ", ".join(f"`{target}`" for target in broken)
     warnings.warn(
         f"{names} of {type(model).__name__}, tied to the input embeddings before, differ from them now that adapters "
@@ -68,7 +71,7 @@ def set_apart(model: nn.Module, targets: Iterable[str], sources: Iterable[str]) 
         if id(tensor) in taken:
             module, _, name = target.rpartition(".")
             tensor = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
-            setattr(model.get_submodule(module), name, tensor)
+            put(model.get_submodule(module)._parameters, name, tensor)
         taken.add(id(tensor))
 
 
@@ -98,6 +101,8 @@ def accepts_untied(config: Any) -> bool:
 
 def forget_quantisation(model: Any) -> None:
     """Take away what says that a model is quantised: none of its layers is."""
+    keep_all(model.__dict__)
+    keep_all(model.config.__dict__)
     for name in QUANTISED:
         if name in model.__dict__:
             delattr(model, name)

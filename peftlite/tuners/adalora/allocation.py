@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import state_of
 from peftlite.core.state import AdapterState
+from peftlite.core.transaction import atomic, keep, keep_all, keep_values, put
 from peftlite.core.tree import layers, named_layers
 from peftlite.errors import PeftliteWarning, StateError
 from peftlite.tuners.adalora.config import AdaLoraConfig, pattern_key
@@ -68,6 +69,7 @@ class Allocation:
         return E.flatten() + (A.mean(dim=1) + B.mean(dim=0))
 
 
+@atomic
 @torch.no_grad()
 def update_and_allocate(model: nn.Module, global_step: int) -> None:
     """Between `optimizer.step()` and `zero_grad()`: measure importance, and choose triplets when it is time to.
@@ -85,7 +87,12 @@ def update_and_allocate(model: nn.Module, global_step: int) -> None:
         if name in layer.variants and layer.variants[name].mergeable
         for slot in FACTORS
     }
-    memory: Allocation = state.memory.setdefault(name, Allocation())
+    if name not in state.memory:
+        put(state.memory, name, Allocation())
+    memory: Allocation = state.memory[name]
+    keep(memory.__dict__, *memory.__dict__)
+    keep_all(memory.importance)
+    keep_all(memory.uncertainty)
     is_last = global_step == config.last_allocation or (global_step > config.last_allocation and not memory.kept)
     if global_step < config.last_allocation or (is_last and not memory.importance):
         if all(parameter.grad is None for parameter in parameters.values()):
@@ -103,9 +110,10 @@ def update_and_allocate(model: nn.Module, global_step: int) -> None:
         masks = chosen(memory, list(numbers), full - config.budget(global_step, full, config.target_r * len(numbers)))
     if is_last:
         memory.kept, memory.importance, memory.uncertainty = masks, {}, {}
-        config.rank_pattern = joined(config, masks)
+        put(config.__dict__, "rank_pattern", joined(config, masks))
     for path, E in numbers.items():
         if pattern_key(path) in masks:
+            keep_values(E)
             E.masked_fill_(~torch.tensor(masks[pattern_key(path)], device=E.device)[:, None], 0.0)
 
 

@@ -12,6 +12,7 @@ from peftlite.config import PeftType
 from peftlite.core.hosts import ALL_ROWS, ConvHost, Host, LinearHost, widened
 from peftlite.core.slots import ModuleSlot, Slot, View
 from peftlite.core.state import AdapterState
+from peftlite.core.transaction import put
 from peftlite.core.variant import Additive, FileForm, Placement, TunerSpec, register
 from peftlite.tuners.adalora.allocation import Allocation, after_forward
 from peftlite.tuners.adalora.config import AdaLoraConfig, pattern_key
@@ -93,7 +94,7 @@ def adopt(state: AdapterState, name: str, config: AdaLoraConfig) -> None:
     own: Any = state.configs[name]
     own.rank_pattern = config.rank_pattern
     if config.rank_pattern is not None:
-        state.memory[name] = Allocation(kept=config.rank_pattern)
+        put(state.memory, name, Allocation(kept=config.rank_pattern))
 
 
 _ADALORA = AdaLora()

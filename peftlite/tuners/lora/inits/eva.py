@@ -16,6 +16,7 @@ from peftlite.core.hosts import LinearHost
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import disable_adapter, state_of
 from peftlite.core.slots import build_linear
+from peftlite.core.transaction import atomic, put
 from peftlite.core.tree import base_model_of, find_state, layer_places, named_layers
 from peftlite.errors import ConfigError, StateError
 from peftlite.tuners.lora.fit import addressed, fitted
@@ -196,6 +197,7 @@ class Search:
 
 
 # ---- setting them
+@atomic
 def initialize_lora_eva_weights(
     model: nn.Module,
     dataloader: Iterable[Any] | None = None,
@@ -245,7 +247,7 @@ def initialize_lora_eva_weights(
         else:
             layer.remove(adapter_name)
     take_out_empty(model)
-    state.configs[adapter_name] = new_config
+    put(state.configs, adapter_name, new_config)
     sync(model, state, (adapter_name,))
     rebind(model, state)
 
@@ -325,7 +327,7 @@ def take_out_empty(model: nn.Module) -> None:
     """Layers without any adapter become base layers again."""
     for place in reversed(layer_places(model)):
         if isinstance(place.module, AdapterLayer) and not place.module.variants:
-            place.parent._modules[place.child] = place.module.wrapped
+            put(place.parent._modules, place.child, place.module.wrapped)
 
 
 def rounds(dataloader: Iterable[Any], show: bool) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftlite.core.hosts import LinearHost
 from peftlite.core.lifecycle import state_of
+from peftlite.core.transaction import atomic, keep_values
 from peftlite.core.tree import named_layers
 from peftlite.errors import CheckpointError, ConfigError, StateError
 from peftlite.tuners.lora.inits.loftq import nearest
@@ -23,6 +24,7 @@ _INDEX = "model.safetensors.index.json"
 _FILE = "model.safetensors"
 
 
+@atomic
 @torch.no_grad()
 def replace_lora_weights_loftq(
     peft_model: nn.Module,
@@ -64,6 +66,7 @@ def replace_lora_weights_loftq(
             W = read(f"{path}.weight", layer.host.shape, True)
             parameters = (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
             before = [parameter.clone() for parameter in parameters]
+            keep_values(*parameters)
             error = W.to(layer.host.device).float() - layer.own().weight.float()
             for parameter, value in zip(
                 parameters, nearest(error, len(before[0]), layer.scaling[adapter_name]), strict=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from peftlite.core.binding import rebind
 from peftlite.core.hosts import widened
 from peftlite.core.lifecycle import state_of
+from peftlite.core.transaction import atomic, drop, on_failure, put
 from peftlite.core.tree import named_layers
 from peftlite.errors import StateError
 from peftlite.tuners.lora.alora import Invoked
@@ -18,6 +20,7 @@ from peftlite.tuners.lora.plain import Lora
 from peftlite.tuners.lora.start import Shifted
 
 
+@atomic
 @torch.no_grad()
 def residual_into_base(model: nn.Module, adapter_name: str = "default") -> None:
     """Write W - scaling * B0 A0 into the base layers, for good, and make the adapter plain LoRA on them.
@@ -45,12 +48,13 @@ def residual_into_base(model: nn.Module, adapter_name: str = "default") -> None:
         product = B._buffers[START] @ A._buffers[START]
         layer.rewrite(widened(layer.own().weight) - layer.scaling[adapter_name] * product)
         for factor in (A, B):
-            del factor._buffers[START]
+            drop(factor._buffers, START)
+            on_failure(partial(factor._non_persistent_buffers_set.add, START))
             factor._non_persistent_buffers_set.discard(START)
         if type(layer.variants[adapter_name]) is Shifted:
-            layer.variants[adapter_name] = Lora()
+            put(layer.variants, adapter_name, Lora())
         layer.unbind()
-    state.configs[adapter_name].init_lora_weights = True  # type: ignore[attr-defined]
+    put(state.configs[adapter_name].__dict__, "init_lora_weights", True)
     rebind(model, state)
 
 
