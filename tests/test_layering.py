@@ -35,6 +35,7 @@ CORE = (
     "transaction",
     "slots",
     "state",
+    "former",
     "hosts",
     "packed",
     "residency",

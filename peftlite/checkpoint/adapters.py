@@ -16,6 +16,7 @@ from peftlite.checkpoint.attention import metadata_of, warn_of_doubling
 from peftlite.checkpoint.card import Card, write_card
 from peftlite.checkpoint.convert import plain_lora, portable, resumed
 from peftlite.checkpoint.files import read_adapter, write_adapter
+from peftlite.checkpoint.former import as_now
 from peftlite.checkpoint.forms import AsOnLayers
 from peftlite.checkpoint.hub import resolve
 from peftlite.checkpoint.keys import shown, with_prefix, without_prefix
@@ -210,7 +211,8 @@ class Loader:
         self, model: nn.Module, name: str, config: PeftConfig, source: TensorSource, what: str, strict: Strict
     ) -> None:
         self.model, self.base = model, base_model_of(model)
-        self.name, self.config, self.source, self.what, self.strict = name, config, source, what, strict
+        self.name, self.what, self.strict = name, what, strict
+        self.config, self.source = as_now(self.base, config, source, what, strict)
 
     def add(self, trainable: bool, autocast: bool, device: torch.device | None) -> LoadReport:
         """Add the adapter with the file's tensors: everything is read and checked before the model is touched."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from peftlite.config import PeftConfig
 from peftlite.core.binding import activate, number, rebind, sync
+from peftlite.core.former import Former
 from peftlite.core.hosts import Host, LinearHost, ModuleHost, ParamHost, host_for, is_borrowed, known_kinds
 from peftlite.core.inputs import observe
 from peftlite.core.layer import AdapterLayer
@@ -49,6 +50,8 @@ class ModelFacts:
     vocab_size: int | None = None
     default_targets: Callable[[PeftConfig], None] | None = None
     """Fills in those fields of a config that name modules and are None, with what is usual for this type of model."""
+    former: Callable[[Sequence[str]], list[Former]] | None = None
+    """Which layers its parameters were before the library fused or renamed them."""
     unloaded: Callable[[bool], None] | None = None
     """Called when adapters have been taken out: what the library notes of the model follows its weights, which may be
     tied no more, or (the argument) no more quantised."""

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from peftlite.checkpoint.former import brought_up_to_date
 from peftlite.config import PeftConfig
 from peftlite.core.inject import ModelFacts, register_model_facts
 from peftlite.errors import ConfigError
 from peftlite.integrations.defaults import default_feedforward, default_targets
+from peftlite.integrations.transformers.former import former_names
 from peftlite.integrations.transformers.unloaded import follow_weights
 
 
@@ -28,7 +30,8 @@ def model_facts(model: nn.Module) -> ModelFacts | None:
         output_head=found[1],
         embeddings=tuple(layer for layer in found if layer is not None),
         vocab_size=getattr(model.config.get_text_config(), "vocab_size", None),
-        default_targets=partial(fill_targets, model_type or type(model).__name__),
+        default_targets=partial(fill_targets, model, model_type or type(model).__name__),
+        former=partial(former_names, model),
         unloaded=partial(follow_weights, model),
     )
 
@@ -51,15 +54,18 @@ def input_table(model: Any) -> nn.Module | None:
     return table if isinstance(table, nn.Module) else None
 
 
-def fill_targets(model_type: str, config: PeftConfig) -> None:
+def fill_targets(model: nn.Module, model_type: str, config: PeftConfig) -> None:
     """Set `config.target_modules`, and `feedforward_modules`, to what is usual for this type of model where None.
 
-    Raises: ConfigError if there are no default targets.
+    Where they name layers that transformers has fused since, `target_parameters` is set too.
+
+    Raises: ConfigError if there are no default targets, or they cannot be what they were.
     """
     values: Any = config
     if "feedforward_modules" in values.__dict__ and values.feedforward_modules is None:
         values.feedforward_modules = default_feedforward(model_type, config.peft_type or "")
     if values.target_modules is not None:
+        brought_up_to_date(model, config)
         return
     targets = default_targets(model_type, config.peft_type or "")
     if targets is None:
