@@ -163,6 +163,15 @@ class AdapterLayer(TiedLayer):
                 found.update((suffix, tensor) for suffix, _, tensor in slot.suffixes(container[name]))
         return found
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """File suffix -> key in this layer's state dict, of one adapter."""
+        found = {}
+        for slot in self.tuner.slots:
+            container = self.container(slot.name)
+            for suffix, attribute, _ in slot.suffixes(container[adapter_name]) if adapter_name in container else ():
+                found[suffix] = f"{slot.name}.{adapter_name}.{attribute}".rstrip(".")
+        return found
+
     @atomic
     def assign(self, name: str, suffix: str, tensor: Tensor) -> None:
         """Put `tensor` in the place of the one that `tensors(name)[suffix]` is."""

@@ -46,13 +46,6 @@ class OFTConfig(AbsentConfig):
     """Orthogonal fine-tuning."""
 
 
-class LoftQConfig:
-    """LoftQ."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise _refuse(type(self).__name__)
-
-
 class PeftMixedModel:
     """A wrapper for adapters of several kinds."""
 

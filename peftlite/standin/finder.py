@@ -18,8 +18,8 @@ from peftlite.standin import absent, repair, tolerance
 from peftlite.standin.table import MODULES, PEFT_VERSION, names_of
 
 ROOT = "peft"
-GATHERING = (ROOT, "peft.tuners", "peft.tuners.lora", "peft.utils")
-"""Modules that have every public name of peftlite too."""
+ELSEWHERE = (ROOT, "peft.functional")
+"""Where a name is that a module does not list: with these, it is what a program for `peft` expects of it."""
 OURS = __name__.partition(".")[0]
 """peftlite's front door: always there, and imported by name only, since it is above."""
 
@@ -50,12 +50,7 @@ class Module(ModuleType):
         if not home:
             raise AttributeError(lacking(full))
         tolerance.settle()
-        try:
-            value = getattr(importlib.import_module(home), attribute)
-        except ModuleNotFoundError as error:
-            if error.name != home:
-                raise
-            raise AttributeError(lacking(full)) from error
+        value = getattr(importlib.import_module(home), attribute)
         self.__dict__[name] = value
         return value
 
@@ -66,12 +61,15 @@ class Module(ModuleType):
 
 
 def home_of(module: str, name: str) -> tuple[str, str]:
-    """(module of ours, attribute) of a name of `peft`; two empty strings if there is none."""
-    home, attribute = names_of(module).get(name, ("", ""))
+    """(module of ours, attribute) of a name of `peft`; two empty strings if there is none.
+
+    Every module has every public name of peftlite too: modules of PEFT have what they import, and names move.
+    """
+    places = (module,) if module == ROOT else (module, *ELSEWHERE)
+    listed = (names_of(at).get(name) for at in places)
+    home, attribute = next((entry for entry in listed if entry), ("", ""))
     public = name in sys.modules[OURS].__all__
-    if public and (home == absent.__name__ or (module in GATHERING and not home)):
-        return OURS, name
-    return home, attribute
+    return (OURS, name) if public and home in ("", absent.__name__) else (home, attribute)
 
 
 def lacking(full: str) -> str:

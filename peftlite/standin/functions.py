@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -32,6 +32,8 @@ M = TypeVar("M", bound=nn.Module)
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {task.value: cls for task, cls in TASK_MODELS.items()}
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {kind: config_class(kind) for kind in TUNER_MODELS}
+_PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_"}
+PEFT_TYPE_TO_PREFIX_MAPPING = {kind: _PREFIXES.get(kind.value, f"{kind.value.lower()}_") for kind in TUNER_MODELS}
 
 
 # ---- adapters
@@ -181,11 +183,22 @@ def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextMa
     return context
 
 
-def is_bnb_available() -> bool:
-    """Whether bitsandbytes is installed."""
-    return importlib.util.find_spec("bitsandbytes") is not None
+# ---- what is installed
+def _installed(package: str) -> Callable[[], bool]:
+    """A function that says whether a package is installed."""
+
+    def is_available() -> bool:
+        return importlib.util.find_spec(package) is not None
+
+    return is_available
 
 
-def is_bnb_4bit_available() -> bool:
-    """Whether bitsandbytes is installed; every version that peftlite reads has 4-bit layers."""
-    return is_bnb_available()
+is_aqlm_available = _installed("aqlm")
+is_bnb_available = is_bnb_4bit_available = _installed("bitsandbytes")  # of any version that we read
+is_diffusers_available = _installed("diffusers")
+is_eetq_available = _installed("eetq")
+is_gptqmodel_available = _installed("gptqmodel")
+is_hqq_available = _installed("hqq")
+is_inc_available = _installed("neural_compressor")
+is_optimum_available = _installed("optimum")
+is_torchao_available = _installed("torchao")

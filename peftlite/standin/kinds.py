@@ -59,43 +59,6 @@ class LoraLayer(BaseTunerLayer):
     tuners = frozenset({"LORA", "ADALORA"})
 
 
-class LoraLinear(LoraLayer):
-    """A linear layer with LoRA adapters."""
-
-    tuners = frozenset({"LORA"})
-    host = "Linear"
-
-
-class LoraEmbedding(LoraLinear):
-    """An embedding with LoRA adapters."""
-
-    host = "Embedding"
-
-
-class LoraConv1d(LoraLinear):
-    """A convolution in one dimension with LoRA adapters."""
-
-    host = "Conv1d"
-
-
-class LoraConv2d(LoraLinear):
-    """A convolution in two dimensions with LoRA adapters."""
-
-    host = "Conv2d"
-
-
-class LoraConv3d(LoraLinear):
-    """A convolution in three dimensions with LoRA adapters."""
-
-    host = "Conv3d"
-
-
-class ParamWrapper(LoraLinear):
-    """A parameter with LoRA adapters."""
-
-    host = "ParamWrapper"
-
-
 class AdaLoraLayer(LoraLayer):
     """A layer with AdaLoRA adapters."""
 
@@ -126,6 +89,12 @@ class VeraLayer(BaseTunerLayer):
     tuners = frozenset({"VERA"})
 
 
+class LycorisLayer(BaseTunerLayer):
+    """A layer with LoHa or LoKr adapters."""
+
+    tuners = frozenset({"LOHA", "LOKR"})
+
+
 class AuxiliaryTrainingWrapper(metaclass=Kind):
     """A module that comes along with adapters."""
 
@@ -136,3 +105,28 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module that adapters train whole."""
 
     tuners = frozenset({"MODULES_TO_SAVE"})
+
+
+def _on(layer: Kind, tuner: str, hosts: str) -> dict[str, Kind]:
+    """The kinds of one tuner's layers on some kinds of base layer, by name: `LoraLinear`."""
+    made = {}
+    for host in hosts.split():
+        name = f"{layer.__name__.removesuffix('Layer')}{host}"
+        doc = f"A {host} with adapters of {tuner}."
+        members = {"tuners": frozenset({tuner}), "host": host, "__doc__": doc, "__module__": __name__}
+        made[name] = Kind(name, (layer,), members)
+    return made
+
+
+globals().update(
+    **_on(
+        LoraLayer,
+        "LORA",
+        "Linear Embedding Conv1d Conv2d Conv3d MultiheadAttention ParamWrapper Linear4bit Linear8bitLt",
+    ),
+    **_on(AdaLoraLayer, "ADALORA", "Linear"),
+    **_on(IA3Layer, "IA3", "Linear Conv2d Conv3d"),
+    **_on(LoHaLayer, "LOHA", "Linear Conv1d Conv2d"),
+    **_on(LoKrLayer, "LOKR", "Linear Conv1d Conv2d"),
+    **_on(VeraLayer, "VERA", "Linear"),
+)

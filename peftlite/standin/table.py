@@ -29,11 +29,9 @@ _AUTO = (
     "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
 )
 _AUTO_HERE = _at("peftlite.auto", _AUTO)
-_LAYERS = "BaseTunerLayer=peftlite.standin.kinds:BaseTunerLayer"
-_WRAPPERS = (
-    "AuxiliaryTrainingWrapper=peftlite.standin.kinds:AuxiliaryTrainingWrapper "
-    "ModulesToSaveWrapper=peftlite.standin.kinds:ModulesToSaveWrapper"
-)
+_KINDS = "peftlite.standin.kinds"
+_LAYERS = _at(_KINDS, "BaseTunerLayer")
+_WRAPPERS = _at(_KINDS, "AuxiliaryTrainingWrapper ModulesToSaveWrapper")
 _FILES = (
     "CONFIG_NAME=peftlite.checkpoint.keys:CONFIG_NAME WEIGHTS_NAME=peftlite.checkpoint.keys:WEIGHTS_NAME "
     "SAFETENSORS_WEIGHTS_NAME=peftlite.checkpoint.keys:SAFETENSORS_WEIGHTS_NAME"
@@ -64,41 +62,46 @@ _MAPPINGS = (
 )
 _ABSENT = _at(
     "peftlite.standin.absent",
-    "AdaptionPromptConfig LoftQConfig OFTConfig PeftMixedModel PrefixTuningConfig PromptEncoderConfig "
+    "AdaptionPromptConfig OFTConfig PeftMixedModel PrefixTuningConfig PromptEncoderConfig "
     "PromptLearningConfig PromptTuningConfig",
 )
 _TYPES = "PeftType TaskType"
-_LORA = "LoraConfig LoraModel LoraRuntimeConfig BdLoraConfig LoftQConfig=peftlite.standin.absent:LoftQConfig"
-_LORA_LAYERS = " ".join(
-    f"{name}=peftlite.standin.kinds:{at}"
-    for name, at in {
-        "LoraLayer": "LoraLayer",
-        "Linear": "LoraLinear",
-        "Embedding": "LoraEmbedding",
-        "Conv1d": "LoraConv1d",
-        "Conv2d": "LoraConv2d",
-        "Conv3d": "LoraConv3d",
-        "ParamWrapper": "ParamWrapper",
-    }.items()
-)
+_LORA_CONFIGS = "LoraConfig LoraRuntimeConfig BdLoraConfig EvaConfig LoftQConfig LoraGAConfig"
+_LORA = f"{_LORA_CONFIGS} LoraModel"
+_EVA = "get_eva_state_dict initialize_lora_eva_weights"
+
+
+def _kinds(kind: str, hosts: str) -> str:
+    """Entries for the kind of one tuner's layers, and for those on one kind of base layer, as PEFT names them."""
+    named = kind.removesuffix("Layer")
+    return " ".join((f"{kind}={_KINDS}:{kind}", *(f"{host}={_KINDS}:{named}{host}" for host in hosts.split())))
+
+
+_LORA_LAYERS = _kinds("LoraLayer", "Linear Embedding Conv1d Conv2d Conv3d MultiheadAttention ParamWrapper")
+_ADALORA_LAYERS = f"AdaLoraLayer={_KINDS}:AdaLoraLayer SVDLinear={_KINDS}:AdaLoraLinear"
 _HOTSWAP = _at(
     "peftlite.hotswap",
     "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict "
     "prepare_model_for_compiled_hotswap",
 )
+_AVAILABLE = _at(
+    _FUNCTIONS,
+    "is_aqlm_available is_bnb_4bit_available is_bnb_available is_diffusers_available is_eetq_available "
+    "is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_torchao_available",
+)
+_MERGING = _at("peftlite.standin.merging", "dare_linear dare_ties magnitude_prune prune task_arithmetic ties")
 _HELPERS = _at(
     "peftlite.helpers",
     "check_if_peft_model disable_input_dtype_casting rescale_adapter_scale "
     "update_forward_signature update_generate_signature update_signature",
 )
-_OPTIMIZERS = _at(
-    "peftlite.optimizers", "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer"
-)
+_OPTIMIZERS = "create_lorafa_optimizer create_loraplus_optimizer"
+_FACTORS = "factorization=peftlite.tuners.lokr:factorized"
+_SWITCHES = f"set_requires_grad {_at(_FUNCTIONS, 'cast_adapter_dtype delete_adapter set_adapter')}"
 
 
-def _tuner(package: str, name: str, kind: str = "") -> dict[str, str]:
+def _tuner(package: str, name: str, layers: str) -> dict[str, str]:
     """The modules of one tuner in `peft.tuners`."""
-    layers = f"{kind}=peftlite.standin.kinds:{kind}" if kind else ""
     path = f"peft.tuners.{package}"
     config, model = f"{name}Config", f"{name}Model"
     whole = f"{config} {model} {layers}"
@@ -115,36 +118,43 @@ MODULES: Final[dict[str, str]] = {
         )
     ),
     "peft.auto": _AUTO_HERE,
-    "peft.config": "PeftConfig PromptLearningConfig=peftlite.standin.absent:PromptLearningConfig",
-    "peft.functional": (
-        f"{_INJECT} {_SAVE} set_requires_grad delete_adapter={_FUNCTIONS}:delete_adapter "
-        f"set_adapter={_FUNCTIONS}:set_adapter cast_adapter_dtype={_FUNCTIONS}:cast_adapter_dtype"
+    "peft.config": (
+        "PeftConfig PeftConfigMixin=peftlite.config:PeftConfig "
+        "PromptLearningConfig=peftlite.standin.absent:PromptLearningConfig"
     ),
+    "peft.functional": f"{_INJECT} {_SWITCHES} get_peft_model_state_dict set_peft_model_state_dict",
     "peft.helpers": _HELPERS,
-    "peft.import_utils": _at(_FUNCTIONS, "is_bnb_available is_bnb_4bit_available"),
-    "peft.mapping": f"{_INJECT} {_MAPPINGS}",
+    "peft.import_utils": _AVAILABLE,
+    "peft.mapping": f"{_INJECT} {_MAPPINGS} {_at(_FUNCTIONS, 'PEFT_TYPE_TO_PREFIX_MAPPING')}",
     "peft.mapping_func": "get_peft_model",
     "peft.mixed_model": "PeftMixedModel=peftlite.standin.absent:PeftMixedModel",
     "peft.optimizers": _OPTIMIZERS,
-    "peft.optimizers.lorafa": _OPTIMIZERS,
-    "peft.optimizers.loraplus": _OPTIMIZERS,
-    "peft.optimizers.riemannian": _OPTIMIZERS,
-    "peft.peft_model": f"{_PEFT_MODELS} get_layer_status get_model_status PeftConfig",
+    "peft.optimizers.lorafa": "create_lorafa_optimizer LoraFAOptimizer=peftlite.optimizers:LoraFAOptimizer",
+    "peft.optimizers.loraplus": "create_loraplus_optimizer",
+    "peft.optimizers.riemannian": "",
+    "peft.peft_model": f"{_PEFT_MODELS} TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
     "peft.tuners": f"{_CONFIGS} {_MODELS} {_LORA} {_ABSENT} convert_to_lora save_as_lora",
     "peft.tuners.tuners_utils": (
-        f"{_LAYERS} BaseTuner=peftlite.base_tuner:BaseTuner "
+        f"{_LAYERS} {_SWITCHES} BaseTuner=peftlite.base_tuner:BaseTuner "
         f"check_target_module_exists={_FUNCTIONS}:check_target_module_exists"
     ),
-    "peft.tuners.lora": f"{_LORA} {_LORA_LAYERS} convert_to_lora save_as_lora",
-    "peft.tuners.lora.config": _LORA,
-    "peft.tuners.lora.layer": _LORA_LAYERS,
-    "peft.tuners.lora.model": "LoraModel",
+    "peft.tuners.lora": f"{_LORA} {_LORA_LAYERS} {_EVA} convert_to_lora save_as_lora",
+    "peft.tuners.lora.bnb": f"Linear4bit={_KINDS}:LoraLinear4bit Linear8bitLt={_KINDS}:LoraLinear8bitLt",
+    "peft.tuners.lora.config": f"{_LORA_CONFIGS} CordaConfig",
     "peft.tuners.lora.conversion": "convert_to_lora save_as_lora",
-    **_tuner("adalora", "AdaLora", "AdaLoraLayer"),
-    **_tuner("ia3", "IA3", "IA3Layer"),
-    **_tuner("loha", "LoHa", "LoHaLayer"),
-    **_tuner("lokr", "LoKr", "LoKrLayer"),
-    **_tuner("vera", "Vera", "VeraLayer"),
+    "peft.tuners.lora.corda": "preprocess_corda",
+    "peft.tuners.lora.eva": _EVA,
+    "peft.tuners.lora.layer": _LORA_LAYERS,
+    "peft.tuners.lora.loraga": "preprocess_loraga",
+    "peft.tuners.lora.model": "LoraModel",
+    "peft.tuners.lycoris_utils": (
+        f"LycorisConfig=peftlite.tuners.lycoris:LycorisConfig LycorisLayer={_KINDS}:LycorisLayer"
+    ),
+    **_tuner("adalora", "AdaLora", _ADALORA_LAYERS),
+    **_tuner("ia3", "IA3", _kinds("IA3Layer", "Linear Conv2d Conv3d")),
+    **_tuner("loha", "LoHa", _kinds("LoHaLayer", "Linear Conv1d Conv2d")),
+    **_tuner("lokr", "LoKr", f"{_kinds('LoKrLayer', 'Linear Conv1d Conv2d')} {_FACTORS}"),
+    **_tuner("vera", "Vera", _kinds("VeraLayer", "Linear")),
     "peft.tuners.oft": "OFTConfig=peftlite.standin.absent:OFTConfig",
     "peft.utils": " ".join(
         (_TYPES, _FILES, _WRAPPERS, _SAVE, _OTHER, _PATTERNS, _ERRORS, _WARNING, "prepare_model_for_kbit_training")
@@ -153,6 +163,8 @@ MODULES: Final[dict[str, str]] = {
     "peft.utils.error": _ERRORS,
     "peft.utils.hotswap": _HOTSWAP,
     "peft.utils.integrations": f"init_empty_weights={_FUNCTIONS}:init_empty_weights",
+    "peft.utils.loftq_utils": "replace_lora_weights_loftq",
+    "peft.utils.merge_utils": _MERGING,
     "peft.utils.other": f"{_WRAPPERS} {_OTHER} {_FILES} {_PATTERNS} prepare_model_for_kbit_training",
     "peft.utils.peft_types": _TYPES,
     "peft.utils.save_and_load": _SAVE,
