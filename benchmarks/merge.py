@@ -6,35 +6,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftlite
 from benchmarks.harness import Row, pair
+from benchmarks.live import Live
 from benchmarks.models import both
-
-
-class Live(TorchDispatchMode):
-    """The largest amount of memory that tensors made inside the block held at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            storage = out.untyped_storage()
-            if id(storage) not in self.known and not any(
-                isinstance(a, torch.Tensor) and a.untyped_storage().data_ptr() == storage.data_ptr() for a in args
-            ):
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                torch.utils.weak.weakref.finalize(out, self.freed, storage.nbytes())
-        return out
-
-    def freed(self, count: int) -> None:
-        self.now -= count
 
 
 def rows(quick: bool) -> Iterator[Row]:

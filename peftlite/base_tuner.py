@@ -12,6 +12,7 @@ from peftlite.config import PeftConfig, PeftType
 from peftlite.core import lifecycle
 from peftlite.core.call import Call
 from peftlite.core.inject import check_config, inject
+from peftlite.core.merging import Undo
 from peftlite.core.transaction import atomic, keep, keep_all
 from peftlite.core.tree import Shell, base_model_of, find_state, named_layers
 from peftlite.core.variant import tuner_for
@@ -85,9 +86,11 @@ class Wrapper(Shell):
         lifecycle.scale_adapter(self, adapter_name, factor)
 
     # ---- merging and leaving
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, *, undo: Undo = "device"
+    ) -> None:
         """Merge adapters (default: the active ones) into the base weights; see `peftlite.merge_adapter`."""
-        lifecycle.merge_adapter(self, adapter_names, safe_merge)
+        lifecycle.merge_adapter(self, adapter_names, safe_merge, undo=undo)
 
     def unmerge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
         """Take adapters (default: all) out of the base weights again, bit for bit."""
@@ -100,12 +103,15 @@ class Wrapper(Shell):
         adapter_names: Sequence[str] | None = None,
         *,
         dequantize: bool = False,
+        undo: Undo = None,
     ) -> nn.Module:
         """Merge adapters (default: the active ones) for good and give back the base model, without adapter layers.
 
         With `dequantize`, quantised layers become dense ones; see `peftlite.merge_and_unload`.
         """
-        return lifecycle.merge_and_unload(self, progressbar, safe_merge, adapter_names, dequantize=dequantize)
+        return lifecycle.merge_and_unload(
+            self, progressbar, safe_merge, adapter_names, dequantize=dequantize, undo=undo
+        )
 
     def unload(self) -> nn.Module:
         """Give back the base model as it was, without adapter layers."""

@@ -301,7 +301,12 @@ class BaseTarget(Target):
 
     @property
     def own(self) -> Tensor:
-        """The tensor without what is merged into it."""
+        """The tensor without what is merged into it.
+
+        Raises: StateError if that is gone.
+        """
+        if self.layer is not None and self.name in (self.layer.host.param, "bias"):
+            self.layer.check_kept(())
         saved: Any = None if self.layer is None else self.layer._saved
         if self.layer is None or saved is None:
             return self.live

@@ -131,11 +131,11 @@ class Host:
     # ---- bytes
     def read(self, saved: Saved | None = None, rows: slice = ALL_ROWS) -> Dense:
         """The weight and bias in canonical layout (views where possible), as they are or as they were `saved`."""
-        weight = self.parameter if saved is None else saved.weight.to(self.parameter.device)
-        bias = self.bias if saved is None else saved.bias
+        weight, bias = (self.parameter, self.bias) if saved is None else (saved.weight, saved.bias)
+        device = self.parameter.device
         return Dense(
-            self.take(self.canonical(weight.detach()), rows),
-            None if bias is None else self.take_bias(bias.detach().to(weight.device), rows),
+            self.take(self.canonical(weight.detach()), rows).to(device),
+            None if bias is None else self.take_bias(bias.detach(), rows).to(device),
         )
 
     @torch.no_grad()
@@ -164,9 +164,16 @@ class Host:
 
     def put_copies(self, saved: Saved) -> None:
         """Give the layer Parameters of its own, equal to those saved."""
-        setattr(self.layer, self.param, copied(saved.weight))
-        if saved.bias is not None:
-            setattr(self.layer, self.bias_param, copied(saved.bias))
+        weight, bias = copied(saved.weight), None if saved.bias is None else copied(saved.bias)
+        setattr(self.layer, self.param, weight)
+        if bias is not None:
+            setattr(self.layer, self.bias_param, bias)
+
+    def parked(self, saved: Saved, device: torch.device) -> Saved:
+        """The same bytes on another device. Parameters that others use too stay where they are."""
+        if saved.shared:
+            return saved
+        return Saved(saved.weight.to(device), None if saved.bias is None else saved.bias.to(device))
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:

@@ -61,6 +61,8 @@ class AdapterLayer(TiedLayer):
             followers={},
             training=base_layer.training,
             _saved=None,
+            _fixed=(),
+            _undo="device",
             _own_active=None,
             _own_enabled=None,
         )

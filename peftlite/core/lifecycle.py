@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Literal
 
 from torch import nn
 
@@ -16,15 +17,16 @@ from peftlite.core.call import Call, current, using
 from peftlite.core.inject import facts_of
 from peftlite.core.inputs import forget
 from peftlite.core.layer import AdapterLayer
+from peftlite.core.merging import SAME, Undo, check_undo
 from peftlite.core.outputs import detach
 from peftlite.core.packed import warn_of_rounding
 from peftlite.core.rows import RowsCall, check_rows
 from peftlite.core.slots import View
 from peftlite.core.state import BASE, AdapterState, bias_of
 from peftlite.core.ties import note_shared, untied, warn_of_untying
-from peftlite.core.transaction import atomic, put
+from peftlite.core.transaction import atomic, on_failure, put
 from peftlite.core.tree import base_model_of, check_one_state, find_state, layer_places, layers, named_layers
-from peftlite.core.unpacking import put_back, unpack
+from peftlite.core.unpacking import unpack
 from peftlite.errors import MergeError, NoAdapterError, PeftliteWarning, StateError
 
 
@@ -179,22 +181,42 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 # ---- merging
 @atomic
-def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+def merge_adapter(
+    model: nn.Module,
+    adapter_names: Sequence[str] | None = None,
+    safe_merge: bool = False,
+    *,
+    undo: Undo = "device",
+) -> None:
     """Merge adapters (default: the active ones) into the base weights; forward is then as fast as the base model's.
 
-    The base layers' own bytes are kept, so that `unmerge_adapter` gives every bit back. With `safe_merge` the merged
-    weights of all layers are checked to be finite before any is written.
+    The base layers' own bytes are kept, so that `unmerge_adapter` gives every bit back, in any order. A call that fails
+    half-way leaves the weights as they were.
 
-    Raises: MergeError, AdapterNameError, StateError if adapters are disabled, NoAdapterError.
+    Args:
+        model: a wrapper, or a model with adapters in place.
+        adapter_names: which adapters.
+        safe_merge: compute the merged weights of all layers first, and write none if any number is not finite.
+        undo: where the base layers' own bytes are kept: "device", beside the merged ones; "cpu", in CPU memory, from
+            where unmerging copies them; None, nowhere. Then what is merged stays merged, and active, until
+            `merge_and_unload`: unmerging, disabling, deleting it, or setting other adapters is an error. Adapters that
+            are merged on top later are taken out again exactly, but DoRA, which needs the base's own weight, can
+            neither be merged nor used on top. A call that fails half-way leaves the layers before that merged; outputs
+            are right, and the call can be repeated. Packed weights of quantised layers, and weights that other modules
+            use too, stay where they are with "cpu".
+
+    Raises: MergeError, ConfigError for another `undo`, AdapterNameError, StateError if adapters are disabled,
+        NoAdapterError.
     """
+    check_undo(undo)
     state = state_of(model)
     if not state.enabled:
         raise StateError("The adapters are disabled: call `enable_adapters` before merging. Nothing was changed.")
     names = state.active if adapter_names is None else state.checked(adapter_names)
-    warn_of_untying(merge_layers(model, names, safe_merge), for_good=False)
+    warn_of_untying(merge_layers(model, names, safe_merge, undo), for_good=undo is None)
 
 
-def merge_layers(model: nn.Module, names: Sequence[str], safe_merge: bool) -> dict[str, list[str]]:
+def merge_layers(model: nn.Module, names: Sequence[str], safe_merge: bool, undo: Undo) -> dict[str, list[str]]:
     """Merge `names` into every layer that has them, after checking that all can be.
 
     Gives the paths of layers that no longer share their weight with others, and those of the others.
@@ -207,6 +229,7 @@ def merge_layers(model: nn.Module, names: Sequence[str], safe_merge: bool) -> di
     changed = remerge(
         model,
         lambda layer: [*layer.merged_adapters, *(n for n in layer.mergeable(names) if n not in layer.merged_adapters)],
+        undo,
     )
     errors = {path: layer.merge_error for path, layer in named_layers(model) if layer in changed}
     warn_of_rounding({path: error for path, error in errors.items() if error is not None})
@@ -217,27 +240,30 @@ def merge_layers(model: nn.Module, names: Sequence[str], safe_merge: bool) -> di
 def unmerge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
     """Take adapters (default: all) out of the base weights again, bit for bit, in any order.
 
-    Raises: AdapterNameError, NoAdapterError.
+    Raises: AdapterNameError, StateError if one was merged with `undo=None`, NoAdapterError.
     """
     state = state_of(model)
     names = None if adapter_names is None else state.checked(adapter_names)
     remerge(model, lambda layer: [n for n in layer.merged_adapters if names is not None and n not in names])
 
 
-def remerge(model: nn.Module, wanted: Callable[[AdapterLayer], list[str]]) -> set[AdapterLayer]:
-    """Make every layer hold the merged adapters that `wanted` says, all or none; gives the layers that changed."""
-    done: list[tuple[AdapterLayer, list[str]]] = []
-    try:
-        for layer in sorted(layers(model), key=lambda layer: bool(layer.leaders)):  # leaders first
-            before, after = layer.merged_adapters, wanted(layer)
-            if before != after:
-                layer.set_merged(after)
-                done.append((layer, before))
-    except BaseException:
-        for layer, before in done:
-            layer.set_merged(before)
-        raise
-    return {layer for layer, _ in done}
+@atomic
+def remerge(
+    model: nn.Module, wanted: Callable[[AdapterLayer], list[str]], undo: Undo | Literal["same"] = SAME
+) -> set[AdapterLayer]:
+    """Make every layer hold the merged adapters that `wanted` says, all or (but with None for `undo`) none.
+
+    Gives the layers that changed.
+    """
+    steps = [(layer, list(layer.merged_adapters), wanted(layer)) for layer in layers(model)]
+    steps.sort(key=lambda step: bool(step[0].leaders))  # leaders first
+    for layer, _, after in steps:
+        layer.check_kept(after)
+    for layer, _, _ in reversed(steps):
+        on_failure(layer.back())  # leaders first, again, whose weights the others take over
+    for layer, _, after in steps:
+        layer.set_merged(after, undo)
+    return {layer for layer, before, after in steps if before != after}
 
 
 def merged_adapters(model: nn.Module) -> list[str]:
@@ -266,30 +292,33 @@ def merge_and_unload(
     adapter_names: Sequence[str] | None = None,
     *,
     dequantize: bool = False,
+    undo: Undo = None,
 ) -> nn.Module:
     """Merge adapters (default: the active ones) for good and give back the base model, without adapter layers.
 
-    Modules trained whole (`modules_to_save`) take the place of the originals. No copy of the base weights is kept.
-    Quantised layers are quantised anew, with a warning that says how much they lose by it; with `dequantize` all
-    quantised layers of the model become dense ones, in the dtype of the rest of the model.
+    Modules trained whole (`modules_to_save`) take the place of the originals. Quantised layers are quantised anew, with
+    a warning that says how much they lose by it; with `dequantize` all quantised layers of the model become dense
+    ones, in the dtype of the rest of the model.
 
-    Raises: MergeError, AdapterNameError, NoAdapterError.
+    No copy of the base weights is kept, but of the one layer at work. So if something unforeseen ends a call half-way
+    (memory is full, Ctrl-C), the layers before that stay merged; outputs are right, and the call can be repeated. With
+    `undo="device"` or `"cpu"` the base's own bytes are kept there until all is done, and such a call changes nothing.
+
+    Raises: MergeError, AdapterNameError, ConfigError for another `undo`, StateError if another adapter was merged with
+        `undo=None`, NoAdapterError.
     """
+    check_undo(undo)
     state = state_of(model)
     names = state.active if adapter_names is None else state.checked(adapter_names)
     check_exclusive(model, names)
     remerge(
         model, lambda layer: [n for n in layer.merged_adapters if n in names and not (dequantize and layer.host.packed)]
     )
-    swaps = unpack(model) if dequantize else []
-    try:
-        apart = merge_layers(model, names, safe_merge)
-    except BaseException:
-        put_back(swaps)
-        raise
+    dequantised = dequantize and unpack(model)
+    apart = merge_layers(model, names, safe_merge, undo)
     if facts_of(model).unloaded is None:  # else it is said there
         warn_of_untying(apart, for_good=True)
-    return take_out(model, names, bool(swaps))
+    return take_out(model, names, dequantised)
 
 
 @atomic

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from peftlite.checks import wrong
 from peftlite.core.hosts import ALL_ROWS, Dense, Host, ModuleHost, ParamHost, Saved, host_for, widened
 from peftlite.core.packed import rounding_error, warn_of_rounding
 from peftlite.core.residency import is_away, near
 from peftlite.core.scaling import ScalingLayer
 from peftlite.core.slots import View
 from peftlite.core.state import AdapterState
+from peftlite.core.transaction import atomic, keep, on_failure, put
 from peftlite.core.variant import Variant
-from peftlite.errors import MergeError
+from peftlite.errors import MergeError, StateError
+
+Undo = Literal["device", "cpu"] | None
+"""Where a base layer's own bytes are while adapters are merged into it; None: nowhere."""
+SAME: Literal["same"] = "same"
+"""Where they were, or would have been, last."""
 
 _BLOCK = 1 << 18  # elements merged at a time: temporaries stay in cache, and small beside the weight
+_SMALL_BLOCK = 1 << 13  # below which the calls would cost more than the numbers
+_BLOCKS = 160  # into which a weight is divided, within these bounds
 
 
 class MergingLayer(ScalingLayer):
     """The side of an adapter layer that faces its base layer: what that is, what is in use, what is in its weight.
 
-    `_saved` has the base layer's own bytes while anything is merged.
+    `_saved` has the base layer's own bytes while anything is merged. Of adapters that were merged with `undo=None`
+    (`_fixed`, the first of those merged) there are none: what is called the base layer's bytes then has them in it.
     """
 
     state: AdapterState
@@ -34,6 +45,8 @@ class MergingLayer(ScalingLayer):
     merge_error: float | None
     shared_weight: bool
     _saved: Any
+    _fixed: tuple[str, ...]
+    _undo: Undo
     _own_active: tuple[str, ...] | None
     _own_enabled: bool | None
 
@@ -98,26 +111,36 @@ class MergingLayer(ScalingLayer):
         return bool(self.merged_adapters)
 
     def own(self, rows: slice = ALL_ROWS) -> Dense:
-        """The base layer's own weight and bias (of some rows), whatever is merged."""
+        """The base layer's own weight and bias (of some rows), whatever is merged.
+
+        Raises: StateError if adapters were merged with `undo=None`, so that nobody has it.
+        """
+        self.check_kept(())
         if not is_away(self.get_base_layer()):
             return self.host.read(self._saved, rows)
         with self.here():
             return self.host.read(self._saved, rows)
 
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Merge adapters (default: the active ones) into the base layer's weight.
+    def merge(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, undo: Undo = "device"
+    ) -> None:
+        """Merge adapters (default: the active ones) into the base layer's weight; see `peftlite.merge_adapter`.
 
         Raises: MergeError if `safe_merge` and the result is not finite.
         """
+        check_undo(undo)
         names = self.mergeable(self.active_adapters if adapter_names is None else self.state.checked(adapter_names))
         if safe_merge:
             self.check_merge(names)
-        self.set_merged([*self.merged_adapters, *(n for n in names if n not in self.merged_adapters)])
+        self.set_merged([*self.merged_adapters, *(n for n in names if n not in self.merged_adapters)], undo)
         if self.merge_error is not None:
             warn_of_rounding({type(self.get_base_layer()).__name__: self.merge_error})
 
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Take adapters (default: all) out of the base layer's weight again, bit for bit."""
+        """Take adapters (default: all) out of the base layer's weight again, bit for bit.
+
+        Raises: StateError if one was merged with `undo=None`.
+        """
         self.set_merged([n for n in self.merged_adapters if adapter_names is not None and n not in adapter_names])
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -140,33 +163,80 @@ class MergingLayer(ScalingLayer):
         """
         wanted = [*self.merged_adapters, *(n for n in names if n not in self.merged_adapters)]
         with self.here():
-            finite = all(is_finite(dense) for _, dense in self._merged_blocks(wanted, self._saved))
+            finite = all(is_finite(dense) for _, dense in self._merged_blocks(self._more(wanted), self._saved))
         if not finite:
             raise MergeError(
                 f"Merging {', '.join(f'`{n}`' for n in names)} would write values that are not finite into "
                 f"{type(self.get_base_layer()).__name__}. Nothing was changed."
             )
 
+    @atomic
     @torch.no_grad()
-    def set_merged(self, names: Sequence[str]) -> None:
-        """Make the base layer's weight hold exactly these adapters. If that fails, it holds what it held before."""
-        before, names = list(self.merged_adapters), list(names)
-        if names == before:
-            return
+    def set_merged(self, names: Sequence[str], undo: Undo | Literal["same"] = SAME) -> None:
+        """Make the base layer's weight hold exactly these adapters. If that fails, it holds what it held before.
+
+        Raises: StateError if one that is not among them was merged with `undo=None`.
+        """
+        names = list(names)
+        self.check_kept(names)
+        if names != self.merged_adapters:
+            on_failure(self.back())
+            self._hold(names)
+        self._keep(undo)
+
+    def back(self) -> Callable[[], None]:
+        """What makes the weight hold what it holds now, whatever happened to it; not if that was for good."""
+        return partial(self._go_back, list(self.merged_adapters), self._fixed)
+
+    @torch.no_grad()
+    def _go_back(self, names: list[str], fixed: tuple[str, ...]) -> None:
+        if self._fixed == fixed and (self._saved is not None or names != list(fixed)):
+            self._hold(names)
+            self._keep(SAME)
+
+    def _hold(self, names: list[str]) -> None:
         away = is_away(self.get_base_layer())
-        with self.here():
-            self._check_here()
-            if self._saved is None:
-                self.__dict__["_saved"] = self.host.save(self.shared_weight or away)
-            try:
+        try:
+            with self.here():
+                self._check_here()
+                if self._saved is None:
+                    self.__dict__["_saved"] = self._save(names, away)
                 self._write_merged(names)
-            except BaseException:
-                self._write_merged(before)
-                raise
-            finally:
-                self.unbind()
-        if away and self._saved is not None:
-            self.__dict__["_saved"] = self._saved.on_cpu()
+        finally:
+            self.unbind()
+
+    def check_kept(self, names: Sequence[str]) -> None:
+        """Refuse to make a weight that holds exactly `names`, if that would take the base layer's own bytes.
+
+        Raises: StateError.
+        """
+        if list(self._fixed) != list(names[: len(self._fixed)]):
+            raise StateError(
+                f"{', '.join(f'`{name}`' for name in self._fixed)} was merged with `undo=None`, so that the weights "
+                "from before are gone: it stays merged and active until `merge_and_unload`. Nothing was changed."
+            )
+
+    def _more(self, names: Sequence[str]) -> Sequence[str]:
+        """Those of `names` that what is called the base layer's own bytes does not hold."""
+        return names[len(self._fixed) :]
+
+    def _save(self, names: Sequence[str], away: bool) -> Saved:
+        """The base layer's own bytes, before these adapters are merged."""
+        return self.host.save(self.shared_weight or away)
+
+    def _keep(self, undo: Undo | Literal["same"]) -> None:
+        """Have the base layer's own bytes where `undo` says."""
+        if undo is None:
+            self.__dict__.update(_saved=None, _fixed=tuple(self.merged_adapters))
+            return
+        if undo != SAME:
+            put(self.__dict__, "_undo", undo)
+        saved: Saved | None = self._saved
+        if saved is not None and is_away(self.get_base_layer()):
+            self.__dict__["_saved"] = saved.on_cpu()
+        elif saved is not None:
+            device = torch.device("cpu") if self._undo == "cpu" else self.host.device
+            self.__dict__["_saved"] = self.host.parked(saved, device)
 
     def _check_here(self) -> None:
         parameter = self.host.parameter
@@ -179,8 +249,8 @@ class MergingLayer(ScalingLayer):
     def _write_merged(self, names: list[str]) -> None:
         saved: Saved = self._saved
         error: float | None = None
-        if names:
-            for rows, dense in self._merged_blocks(names, saved):
+        if more := self._more(names):
+            for rows, dense in self._merged_blocks(more, saved):
                 self.host.write(dense, rows)
                 error = rounding_error(self.host.read().weight, dense.weight) if self.host.packed else None
         else:
@@ -194,12 +264,13 @@ class MergingLayer(ScalingLayer):
             yield rows, self.merged_dense(self.host.read(saved, rows), names, rows)
 
     def _blocks(self, by_rows: bool) -> Iterator[slice]:
-        shape = self.host.shape
-        if not by_rows or self.host.batch or self.host.packed:
+        if not by_rows or self.host.packed:
             yield ALL_ROWS
             return
-        step = max(1, _BLOCK // max(1, torch.Size(shape[1:]).numel()))
-        yield from (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+        size, rows = torch.Size(self.host.shape).numel(), self.host.shape[self.host.batch]
+        block = min(max(size // _BLOCKS, _SMALL_BLOCK), _BLOCK)
+        step = max(1, block * rows // max(1, size))
+        yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
     def rewrite(self, weight: Tensor) -> None:
         """Give the base layer another weight (canonical) for good. A weight that others share becomes its own first."""
@@ -207,16 +278,26 @@ class MergingLayer(ScalingLayer):
         self.set_merged(())
         away = is_away(self.get_base_layer())
         with self.here():
-            if self.shared_weight or away:
-                self.host.save(shared=True)
-                self.__dict__["shared_weight"] = False
+            saved = self.host.save(self.shared_weight or away)
+            on_failure(partial(self._restore, saved))
+            put(self.__dict__, "shared_weight", self.shared_weight and not saved.shared)
             self.host.write(Dense(weight, None))
         self.set_merged(merged)
 
+    def _restore(self, saved: Saved) -> None:
+        with self.here():
+            self.host.restore(saved)
+
     def keep_merged(self) -> nn.Module:
         """Forget the base layer's own bytes and give back the module inside, with what is merged into it."""
-        self.__dict__.update(_saved=None, merged_adapters=[])
+        self.forget_merged()
         return self.wrapped
+
+    def forget_merged(self) -> None:
+        """Take the base layer's weight, as it is, for its own."""
+        keep(self.__dict__, "_saved", "_fixed", "merged_adapters", "merge_error")
+        self.__dict__.update(_saved=None, _fixed=(), merged_adapters=[], merge_error=None)
+        self.unbind()
 
     def merged_dense(self, base: Dense, names: Sequence[str], rows: slice = ALL_ROWS) -> Dense:
         """`base` (some rows of the weight, and the bias) with these adapters merged, in at least fp32."""
@@ -224,6 +305,15 @@ class MergingLayer(ScalingLayer):
         for name in names:
             dense = self.variants[name].merge(View(self, name), dense, rows)
         return dense
+
+
+def check_undo(undo: object) -> None:
+    """Refuse what is no place for the base layers' own bytes.
+
+    Raises: ConfigError.
+    """
+    if undo is not None and not (isinstance(undo, str) and undo in ("device", "cpu")):
+        raise wrong("undo", undo, "`device`, `cpu` or None")
 
 
 def is_finite(dense: Dense) -> bool:

@@ -75,6 +75,9 @@ class PackedHost(Host):
     def save(self, shared: bool = False) -> Saved:
         return Saved(self.held(), self.bias)
 
+    def parked(self, saved: Saved, device: torch.device) -> Saved:
+        return saved  # held by others too, maybe, and small
+
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
         self.hold(self.moved(saved.weight))

@@ -41,18 +41,19 @@ class TiedLayer(MergingLayer):
             return None
         return leader if leader.merged_adapters == list(names) else None
 
-    def set_merged(self, names: Sequence[str]) -> None:
-        if self._saved is None and self.leader_of(names) is not None:  # no copy: the leader has one
-            self.__dict__["_saved"] = Saved(self.host.parameter, self.host.bias, shared=True)
-        super().set_merged(names)
+    def _save(self, names: Sequence[str], away: bool) -> Saved:
+        if self.leader_of(names) is not None:  # no copy: the leader has one
+            return Saved(self.host.parameter, self.host.bias, shared=True)
+        return super()._save(names, away)
 
     def _write_merged(self, names: list[str]) -> None:
-        leader, saved = self.leader_of(names), self._saved
+        saved = self._saved
+        leader = self.leader_of(names) if self._more(names) else None
         if leader is not None:
             setattr(self.host.layer, self.host.param, leader.host.parameter)
             self.__dict__.update(merged_adapters=names, merge_error=None)
             return
-        if names and saved.shared and (self.leaders or self.followers):  # others may have taken over the present one
+        if self._more(names) and saved.shared and (self.leaders or self.followers):  # others may have the present one
             self.host.put_copies(saved)
         super()._write_merged(names)
 

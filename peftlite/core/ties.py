@@ -111,10 +111,10 @@ def uses_of(model: nn.Module) -> dict[int, list[Use]]:
 
 
 def note_shared(model: nn.Module) -> dict[int, list[Use]]:
-    """Tell every layer that nothing is merged into whether its weight is shared now; gives who has which."""
+    """Tell every layer that keeps no other bytes whether its weight is shared now; gives who has which."""
     uses = uses_of(model)
     for layer in layers(model):
-        if not layer.merged:
+        if layer._saved is None:
             own = [tensor for tensor in (layer.host.parameter, layer.host.bias) if tensor is not None]
             shared = any(len(uses.get(id(one), ())) > 1 or is_borrowed(one) for one in own)
             put(layer.__dict__, "shared_weight", shared)
@@ -128,11 +128,11 @@ def untied(
 
     before: who had which parameter.
     """
+    sharers = {(use.path, use.name): uses for uses in before.values() if len(uses) > 1 for use in uses}
     apart: dict[str, list[str]] = {}
     for path, layer in named_layers(model):
-        saved = layer._saved
-        if layer in changed and saved is not None and saved.shared:
-            others = [use for use in before.get(id(saved.weight), ()) if use.path != path]
+        if layer in changed:
+            others = [use for use in sharers.get((path, layer.host.param), ()) if use.path != path]
             unlike = [use.path for use in others if use.present is not layer.host.parameter]
             apart.update({path: unlike} if unlike else {})
     return apart

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,24 +12,14 @@ from peftlite.core.hosts import host_for
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.packed import PackedHost
 from peftlite.core.slots import is_floating
-from peftlite.core.transaction import on_failure
-from peftlite.core.transaction import put as put_in
-from peftlite.core.tree import Place, base_model_of, places
+from peftlite.core.transaction import on_failure, put
+from peftlite.core.tree import base_model_of, places
 
 
-@dataclass(frozen=True)
-class Swap:
-    """A place, what was there and what is there now."""
-
-    place: Place
-    packed: nn.Module
-    dense: nn.Module
-
-
-def unpack(model: nn.Module) -> list[Swap]:
+def unpack(model: nn.Module) -> bool:
     """Replace every quantised layer, adapted or not, by a dense one of the dtype that the model works in.
 
-    Nothing may be merged into them. `put_back` undoes it.
+    Nothing may be merged into them. Gives whether there are any.
     """
     base = base_model_of(model)
     found = [(place, host) for place in places(base, inside_layers=True) if (host := packed_host(place.module))]
@@ -39,25 +28,12 @@ def unpack(model: nn.Module) -> list[Swap]:
     for _, host in found:
         if id(host.layer) not in dense:
             dense[id(host.layer)] = host.dense_layer(dtype or host.dtype)
-    swaps = [Swap(place, host.layer, dense[id(host.layer)]) for place, host in found]
-    for swap in swaps:
-        put(swap.place, swap.dense)
-    return swaps
-
-
-def put_back(swaps: Iterable[Swap]) -> None:
-    """Let the quantised layers be where they were."""
-    for swap in swaps:
-        put(swap.place, swap.packed)
-
-
-def put(place: Place, module: nn.Module) -> None:
-    """Let `module` be in this place."""
-    if isinstance(place.parent, AdapterLayer):
-        on_failure(place.parent.unbind)
-    put_in(place.parent._modules, place.child, module)
-    if isinstance(place.parent, AdapterLayer):
-        place.parent.unbind()
+    for place, host in found:
+        if isinstance(place.parent, AdapterLayer):
+            on_failure(place.parent.forget_merged)  # what was merged into the dense layer
+            place.parent.unbind()
+        put(place.parent._modules, place.child, dense[id(host.layer)])
+    return bool(found)
 
 
 def packed_host(module: nn.Module) -> PackedHost | None:

@@ -82,6 +82,10 @@ class LoKr(Lycoris):
 
     def delta(self, a: View, rows: slice = ALL_ROWS) -> Tensor:
         shape, scaling = a.layer.host.shape, float(a.scaling)
+        if (chosen := narrow(a, rows)) is not None:
+            W1, W2 = factors(a, chosen % height(a))
+            product = W1[chosen // height(a), :, None] * W2.flatten(1)[:, None, :]  # (rows, m, n * kernel)
+            return product.reshape(-1, *shape[1:]) * scaling
         W1, W2 = factors(a)
         if W2.dim() == 3:  # how PEFT multiplies an undivided W2 of a Conv1d, and so what its files mean
             return torch.kron(W1, W2).reshape(shape)[rows] * scaling
@@ -106,13 +110,28 @@ class LoKr(Lycoris):
         return super().rescaled(a, kept) if a.rank_dropout_scale else kept
 
 
-def factors(a: View) -> tuple[Tensor, Tensor]:
-    """W1 (l, m) and W2 (k, n, *kernel); a W2 that is a product without core is (k, n * kernel)."""
+def height(a: View) -> int:
+    """k, the number of rows of W2."""
+    if "lokr_w2" in a.bound:
+        return len(a.lokr_w2)
+    return int(a.lokr_w2_a.shape[1 if "lokr_t2" in a.bound else 0])
+
+
+def narrow(a: View, rows: slice) -> Tensor | None:
+    """The numbers of these rows of W, if they need fewer rows of a W2 that is a product than it has."""
+    if rows == ALL_ROWS or "lokr_w2" in a.bound:
+        return None
+    chosen = torch.arange(a.layer.host.shape[0], device=a.lokr_w2_a.device)[rows]
+    return chosen if len(chosen) < height(a) else None
+
+
+def factors(a: View, rows: Tensor | slice = ALL_ROWS) -> tuple[Tensor, Tensor]:
+    """W1 (l, m) and W2 (k, n, *kernel), or some rows of it; a W2 that is a product without core is (k, n * kernel)."""
     W1 = widened(a.lokr_w1) if "lokr_w1" in a.bound else widened(a.lokr_w1_a) @ widened(a.lokr_w1_b)
     if "lokr_w2" in a.bound:
-        return W1, widened(a.lokr_w2)
+        return W1, widened(a.lokr_w2)[rows]
     A, B = widened(a.lokr_w2_a), widened(a.lokr_w2_b)
-    return W1, through(A, widened(a.lokr_t2), B) if "lokr_t2" in a.bound else A @ B
+    return W1, through(A[:, rows], widened(a.lokr_t2), B) if "lokr_t2" in a.bound else A[rows] @ B
 
 
 def factorized(size: int, limit: int) -> tuple[int, int]:

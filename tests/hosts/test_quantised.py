@@ -263,6 +263,8 @@ def test_dense_layers_replace_all_quantised_ones_or_none() -> None:
         peftlite.merge_and_unload(model, safe_merge=True, dequantize=True)
     assert model["b"] is packed
     assert isinstance(next(layers(model)).get_base_layer(), bnb.nn.Linear4bit)
+    assert next(layers(model)).merged_adapters == ["default"]
+    peftlite.unmerge_adapter(model)
     shake(model)
     peftlite.merge_adapter(model)
     assert same(bytes_of(model), before)

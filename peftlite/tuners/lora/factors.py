@@ -251,6 +251,7 @@ def _(host: ParamHost, a: View, rows: slice) -> Tensor:
     if not host.batch:
         return (B if rows == ALL_ROWS else B[rows]) @ A
     experts = host.shape[0]  # expert slowest in A (experts r, in), fastest in B (out, r experts)
+    B = B if rows == ALL_ROWS else B[rows]
     return B.view(B.shape[0], -1, experts).permute(2, 0, 1) @ A.view(experts, -1, A.shape[1])
 
 
