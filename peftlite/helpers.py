@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from peftlite.checks import check_choice, check_number
 from peftlite.config import PeftConfig
 from peftlite.core.binding import rebind
 from peftlite.core.lifecycle import merged_adapters, state_of
+from peftlite.core.transaction import restoring
 from peftlite.core.tree import base_model_of, find_state, layers
 from peftlite.errors import PeftliteError, StateError
 
@@ -47,16 +49,18 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     if merged:
         raise StateError(f"Adapter `{merged[0]}` is merged: call `unmerge_adapter` first. Nothing was changed.")
     before = [scaling.clone() if isinstance(scaling, Tensor) else scaling for _, _, scaling in found]
-    try:
-        for scalings, name, scaling in found:
-            put(scalings, name, scaling * factor)
-        rebind(model, state)
-        yield
-    finally:
+
+    def back() -> None:
         for (scalings, name, _), scaling in zip(found, before, strict=True):
             if name in scalings:
                 put(scalings, name, scaling)
         rebind(model, state)
+
+    with restoring(back):
+        for scalings, name, scaling in found:
+            put(scalings, name, scaling * factor)
+        rebind(model, state)
+        yield
 
 
 def put(scalings: Any, name: str, value: Any) -> None:
@@ -78,12 +82,9 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     if state is None or not active:
         yield
         return
-    before = state.cast_inputs
-    state.cast_inputs = False
-    try:
+    with restoring(partial(setattr, state, "cast_inputs", state.cast_inputs)):
+        state.cast_inputs = False
         yield
-    finally:
-        state.cast_inputs = before
 
 
 def update_forward_signature(model: nn.Module) -> None:

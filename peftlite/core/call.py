@@ -16,8 +16,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakSet
 
@@ -87,41 +86,47 @@ def current() -> Call | None:
 @contextmanager
 def using(call: Call) -> Iterator[Call]:
     """Everything that this thread or task calls inside the block runs under `call`."""
-    before = begin(call)
+    stay = Stay(call)
     try:
-        yield call
+        try:
+            stay.begin()
+            yield call
+        finally:
+            stay.end()
     finally:
-        end(before)
+        stay.end()  # again, in case that something (Ctrl-C) came between
 
 
-@dataclass(frozen=True)
-class Before:
-    """What there was when a Call began, and what was opened for it."""
+class Stay:
+    """The time for which a thread or task is under a Call, and what to go back to afterwards."""
 
-    mirrored: Call | None
-    token: Token[Call | None] | None = None
-    log: _Log | None = None
-    stretch: _Stretch | None = None
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.mirrored = _mirror.call
+        self.outer = None if torch.compiler.is_compiling() else _variable.get()
+        self.log: _Log | None = None
+        self.stretch: _Stretch | None = None
 
+    def begin(self) -> None:
+        """Have what this thread or task calls from now on run under the Call."""
+        _mirror.call = self.call
+        if torch.compiler.is_compiling():  # inside a compiled region, where a ContextVar cannot be traced
+            return
+        _variable.set(self.call)
+        if torch.is_grad_enabled():
+            self.log, self.stretch = _log(), _Stretch(self.call)
+            self.log.open(self.stretch)
 
-def begin(call: Call) -> Before:
-    """Have what this thread or task calls from now on run under `call`; `end` what this gives."""
-    mirrored = _mirror.call
-    _mirror.call = call
-    if torch.compiler.is_compiling():  # inside a compiled region, where a ContextVar cannot be traced
-        return Before(mirrored)
-    token = _variable.set(call)
-    log = _log() if torch.is_grad_enabled() else None
-    return Before(mirrored, token, log, None if log is None else log.open(call))
-
-
-def end(before: Before) -> None:
-    """Undo `begin`."""
-    _mirror.call = before.mirrored
-    if before.token is not None:
-        _variable.reset(before.token)
-    if before.log is not None and before.stretch is not None:
-        before.log.close(before.stretch)
+    def end(self) -> None:
+        """Undo what of `begin` was done and is not undone yet."""
+        if torch.compiler.is_compiling():
+            _mirror.call = self.mirrored
+            return
+        if _variable.get() is self.call:
+            _variable.set(self.outer)
+        resync()
+        if self.log is not None and self.stretch is not None:
+            self.log.close(self.stretch)
 
 
 def resync() -> None:
@@ -133,9 +138,8 @@ def resync() -> None:
 class _Stretch:
     """The autograd sequence numbers [first, last) of the nodes made under one Call."""
 
-    def __init__(self, first: int, call: Call) -> None:
-        self.first = first
-        self.last = math.inf
+    def __init__(self, call: Call) -> None:
+        self.first, self.last = -1, math.inf
         self.call = call
 
 
@@ -146,17 +150,18 @@ class _Log:
         self.stretches: list[_Stretch] = []
         self.tasks: list[tuple[int, Call | None]] = []
 
-    def open(self, call: Call) -> _Stretch:
+    def open(self, stretch: _Stretch) -> None:
         global _ever_logged
         _require_torch_internals()
         _ever_logged = True
-        stretch = _Stretch(_next_sequence_number(), call)
+        stretch.first = _next_sequence_number()
         self.stretches.append(stretch)
         if len(self.stretches) > _MAX_LOG:
             del self.stretches[: _MAX_LOG // 2]
-        return stretch
 
     def close(self, stretch: _Stretch) -> None:
+        if stretch.first < 0 or stretch.last != math.inf:
+            return  # was not opened, or is closed
         stretch.last = _next_sequence_number()
         if stretch.last == stretch.first + 1 and self.stretches[-1:] == [stretch]:
             self.stretches.pop()  # no node was made in it

@@ -317,6 +317,7 @@ def complete(config: Any, tuner: TunerSpec, sites: Sequence[Site], selection: Se
 
 
 # ---- commit
+@atomic
 def inject(
     model: nn.Module,
     config: PeftConfig,

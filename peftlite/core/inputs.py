@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from peftlite.core.call import Before, Call, begin, current, end
+from peftlite.core.call import Call, Stay, current
 from peftlite.core.state import AdapterState
 from peftlite.core.transaction import keep_all
 from peftlite.core.tree import base_model_of, find_state
@@ -38,7 +38,7 @@ class Observed(Call):
             self.names = below.names
         self.inputs = inputs
         self.known: dict[Any, Finding] = {}
-        self.before: Before | None = None
+        self.stay = Stay(self)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -99,17 +99,19 @@ def _open(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return None
     if any(observes(state, name) is not None for name in in_use(state)):
         inputs = {**dict(zip(parameters(type(module)), args, strict=False)), **kwargs}
-        call = Observed(state, inputs, current())
-        call.before = begin(call)
+        stale = current()
+        if isinstance(stale, Observed) and stale.state is state:
+            stale.stay.end()  # Ctrl-C ended the last call: torch runs no hooks then
+        Observed(state, inputs, current()).stay.begin()
     own = {argument for name in state.configs for argument in observes(state, name) or ()}
     return args, {name: value for name, value in kwargs.items() if name not in own}
 
 
 def _close(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     call = current()
-    if not isinstance(call, Observed) or call.state is not find_state(module) or call.before is None:
+    if not isinstance(call, Observed) or call.state is not find_state(module):
         return
-    end(call.before)
+    call.stay.end()
     if output is not None:  # None: an exception passes through
         for found in call.known.values():
             found.after(call.inputs, output)

@@ -24,7 +24,7 @@ from peftlite.core.rows import RowsCall, check_rows
 from peftlite.core.slots import View
 from peftlite.core.state import BASE, AdapterState, bias_of
 from peftlite.core.ties import note_shared, untied, warn_of_untying
-from peftlite.core.transaction import atomic, on_failure, put
+from peftlite.core.transaction import atomic, on_failure, put, restoring
 from peftlite.core.tree import base_model_of, check_one_state, find_state, layer_places, layers, named_layers
 from peftlite.core.unpacking import unpack
 from peftlite.errors import MergeError, NoAdapterError, PeftliteWarning, StateError
@@ -171,12 +171,14 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         return
     before = {id(layer): list(layer.merged_adapters) for layer in layers(model)}
     enabled = state.enabled
-    switch(model, False)
-    try:
-        yield
-    finally:
+
+    def back() -> None:
         switch(model, enabled)
         remerge(model, lambda layer: before.get(id(layer), []))
+
+    with restoring(back):
+        switch(model, False)
+        yield
 
 
 # ---- merging

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from peftlite.core.slots import Numbers
+from peftlite.core.transaction import atomic, put
 from peftlite.core.variant import TunerSpec
 from peftlite.errors import StateError
 
@@ -14,6 +15,7 @@ class ScalingLayer(nn.Module):
 
     tuner: TunerSpec
 
+    @atomic
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the layer's active adapters by `scale`.
 
@@ -22,6 +24,7 @@ class ScalingLayer(nn.Module):
         for name in self._scaled_names():
             self._scale(name, self._scaling()[name] * scale)
 
+    @atomic
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the layer's active adapters by `scale`; None: what it was before anything scaled it.
 
@@ -30,6 +33,7 @@ class ScalingLayer(nn.Module):
         for name in self._scaled_names():
             self._scale(name, self._unscaled(name) if scale is None else self._scaling()[name] / scale)
 
+    @atomic
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make an adapter act `scale` times as strongly as its config says; nothing if it is not on this layer.
 
@@ -59,4 +63,4 @@ class ScalingLayer(nn.Module):
             return
         before = self._unscaled(name)
         self._scaling()[name] = value
-        self.__dict__.setdefault("_scaled", {})[name] = (before, value)
+        put(self.__dict__, "_scaled", {**self.__dict__.get("_scaled", {}), name: (before, value)})

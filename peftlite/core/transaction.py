@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -65,6 +66,21 @@ def take_back(steps: list[Undo], begin: int, error: BaseException) -> None:
         except Exception as another:  # the others may still succeed
             if sys.version_info >= (3, 11):
                 error.add_note(f"Not all of the call could be taken back: {type(another).__name__}: {another}")
+
+
+@contextmanager
+def restoring(undo: Undo) -> Iterator[None]:
+    """What is changed inside the block is put back at its end, by `undo`; twice, if something stops it half-way."""
+    done = False
+    try:
+        try:
+            yield
+        finally:
+            undo()
+            done = True
+    finally:
+        if not done:
+            undo()
 
 
 # ---- notes

@@ -34,6 +34,7 @@ from peftlite.tuners.lora.stacks import depth, names_of, padded, stack_of, store
 from peftlite.tuners.lora.variant import LORA
 
 
+@atomic
 def hotswap_adapter(
     model: nn.Module,
     model_name_or_path: str | os.PathLike[str],
