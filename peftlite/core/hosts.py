@@ -154,13 +154,11 @@ class Host:
         return bias if rows == ALL_ROWS else bias[rows]
 
     def save(self, shared: bool = False) -> Saved:
-        """The layer's own bytes; with `shared`, the layer gets copies and its Parameters themselves are kept."""
+        """The layer's own bytes; with `shared`, its Parameters themselves, in whose place copies are to be put."""
         weight, bias = self.parameter, self.bias
-        if not shared:
-            return Saved(weight.detach().clone(), None if bias is None else bias.detach().clone())
-        saved = Saved(weight, bias, shared=True)
-        self.put_copies(saved)
-        return saved
+        if shared:
+            return Saved(weight, bias, shared=True)
+        return Saved(weight.detach().clone(), None if bias is None else bias.detach().clone())
 
     def put_copies(self, saved: Saved) -> None:
         """Give the layer Parameters of its own, equal to those saved."""

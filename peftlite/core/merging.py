@@ -121,6 +121,7 @@ class MergingLayer(ScalingLayer):
         with self.here():
             return self.host.read(self._saved, rows)
 
+    @atomic
     def merge(
         self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, undo: Undo = "device"
     ) -> None:
@@ -143,6 +144,7 @@ class MergingLayer(ScalingLayer):
         """
         self.set_merged([n for n in self.merged_adapters if adapter_names is not None and n not in adapter_names])
 
+    @atomic
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer alone; the model still lists it, for its other layers."""
         self.remove(adapter_name)
@@ -250,6 +252,8 @@ class MergingLayer(ScalingLayer):
         saved: Saved = self._saved
         error: float | None = None
         if more := self._more(names):
+            if saved.shared and self.host.parameter is saved.weight:
+                self.host.put_copies(saved)
             for rows, dense in self._merged_blocks(more, saved):
                 self.host.write(dense, rows)
                 error = rounding_error(self.host.read().weight, dense.weight) if self.host.packed else None
@@ -280,6 +284,8 @@ class MergingLayer(ScalingLayer):
         with self.here():
             saved = self.host.save(self.shared_weight or away)
             on_failure(partial(self._restore, saved))
+            if saved.shared:
+                self.host.put_copies(saved)
             put(self.__dict__, "shared_weight", self.shared_weight and not saved.shared)
             self.host.write(Dense(weight, None))
         self.set_merged(merged)

@@ -195,7 +195,7 @@ CASES: dict[str, Case] = {
     "merge_adapter, tied": Case(tied, lambda m, f: peftlite.merge_adapter(m, ["a", "b"])),
     "merge_adapter, tied apart": Case(tied_apart, lambda m, f: peftlite.merge_adapter(m)),
     "unmerge_adapter": Case(merged, lambda m, f: peftlite.unmerge_adapter(m)),
-    "merge_and_unload": Case(in_place, lambda m, f: peftlite.merge_and_unload(m)),
+    "merge_and_unload": Case(in_place, lambda m, f: peftlite.merge_and_unload(m, undo="device")),
     "unload": Case(merged, lambda m, f: peftlite.unload(m)),
     "delete_adapter": Case(in_place, lambda m, f: peftlite.delete_adapter(m, "b")),
     "delete_adapter, the active one": Case(wrapped, lambda m, f: m.delete_adapter("a")),
