@@ -45,6 +45,7 @@ CORE = (
     "scaling",
     "merging",
     "tied",
+    "edited",
     "layer",
     "targets",
     "sharding",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core.call import current
-from peftlite.core.hosts import ParamHost, swapped
+from peftlite.core.edited import Edited
 from peftlite.core.residency import is_away
 from peftlite.core.slots import (
     NEW_WEIGHT,
@@ -28,7 +28,7 @@ from peftlite.core.transaction import atomic, drop, keep, put
 from peftlite.core.variant import Program, TunerSpec, Variant
 from peftlite.errors import StateError
 
-_DERIVED = ("_program", "_host")
+_DERIVED = ("_program", "_host", "_owner")
 
 
 class AdapterLayer(TiedLayer):
@@ -202,10 +202,6 @@ class AdapterLayer(TiedLayer):
         """The adapters that forward uses when no Call says otherwise."""
         return self.active_adapters if self.enabled else []
 
-    def live(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that this layer has and that are not in the weight already."""
-        return [name for name in names if name in self.variants and name not in self.merged_adapters]
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = current()
         if call is not None and (call := call.of(self.state)) is not None:
@@ -219,7 +215,7 @@ class AdapterLayer(TiedLayer):
     def program(self, names: Sequence[str]) -> Program:
         """The base layer with these adapters, as one callable; what depends only on `names` is decided here."""
         if self.host.weight_only:
-            return partial(self._near, partial(self._edited, tuple(names)))
+            return partial(self._near, Edited(self, names))
         live = self.live(names)
         call: Program = self.wrapped
         for name in live:
@@ -234,37 +230,6 @@ class AdapterLayer(TiedLayer):
             return call(*args, **kwargs)
         with self.here():
             return call(*args, **kwargs)
-
-    def _edited(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        """Call a twin of the base layer that holds the adapted weights: where the layer reads them by itself."""
-        module: nn.Module = self
-        edits: dict[str, Any] = {}
-        while isinstance(module, AdapterLayer):
-            edits = module.edits(names) | edits
-            module = module.wrapped
-        return (swapped(module, edits) if edits else module)(*args, **kwargs)
-
-    def edits(self, names: Sequence[str]) -> dict[str, Any]:
-        """What these adapters change in the base layer, as {attribute: value}; differentiable."""
-        host, live = self.host, self.live(names)
-        found: dict[str, Any] = {}
-        if isinstance(host, ParamHost):
-            if live:
-                found |= host.edits(self.merged_dense(host.read(), live))
-            for child in host.inner:
-                inside = host.layer._modules[child]
-                if isinstance(inside, AdapterLayer):
-                    found[child] = inside.twin(names)
-        return found
-
-    def twin(self, names: Sequence[str]) -> nn.Module:
-        """The base layer with these adapters in its weight, as a module of its own."""
-        host, live = self.host, self.live(names)
-        if not live:
-            return self.wrapped
-        dense = self.merged_dense(host.read(), live)
-        bias = {} if dense.bias is None or host.bias is None else {"bias": dense.bias.to(host.bias.dtype)}
-        return swapped(self.wrapped, {host.param: host.canonical(dense.weight).to(host.dtype), **bias})
 
     def _bind(self) -> Program:
         program = self.program(self.active_names)
@@ -320,7 +285,7 @@ class AdapterLayer(TiedLayer):
         for module in self._modules.values():
             if isinstance(module, ParameterSlot):
                 module.__dict__["on_write"] = self.unbind
-        self.__dict__["_host"] = None
+        self.__dict__.update(_host=None, _owner=None)
         self.unbind()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -335,7 +300,7 @@ class AdapterLayer(TiedLayer):
         call = current()
         chosen = call.of(self.state) if call is not None else None
         names = self.active_names
-        replica.__dict__.update(_program=None, _host=None)
+        replica.__dict__.update(_program=None, _host=None, _owner=None)
         replica.__dict__["forward"] = partial(_replica_forward, replica, names if chosen is None else chosen.names)
         return replica
 

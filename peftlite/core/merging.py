@@ -49,6 +49,8 @@ class MergingLayer(ScalingLayer):
     _undo: Undo
     _own_active: tuple[str, ...] | None
     _own_enabled: bool | None
+    _owner: MergingLayer | None
+    """The layer whose program has this one's adapters bound, where that is another."""
 
     # ---- what it is
     @property
@@ -95,10 +97,16 @@ class MergingLayer(ScalingLayer):
         """Whether adapters are switched off on this layer."""
         return not self.enabled
 
+    def live(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that this layer has and that are not in the weight already."""
+        return [name for name in names if name in self.variants and name not in self.merged_adapters]
+
     def unbind(self) -> None:
         """Forget everything derived from the adapters on this layer; it is made again on use."""
         self.__dict__["_program"] = None
         self.state.plans.clear()
+        if self._owner is not None:
+            self._owner.unbind()
 
     def here(self) -> AbstractContextManager[None]:
         """Inside the block, the weights of the base layer and the adapters are not elsewhere."""
@@ -307,9 +315,17 @@ class MergingLayer(ScalingLayer):
 
     def merged_dense(self, base: Dense, names: Sequence[str], rows: slice = ALL_ROWS) -> Dense:
         """`base` (some rows of the weight, and the bias) with these adapters merged, in at least fp32."""
+        return self.merged_by(self.parts(names), base, rows)
+
+    def parts(self, names: Sequence[str]) -> list[tuple[Variant, View]]:
+        """The maths and the tensors of these adapters."""
+        return [(self.variants[name], View(self, name)) for name in names]
+
+    def merged_by(self, parts: Sequence[tuple[Variant, View]], base: Dense, rows: slice = ALL_ROWS) -> Dense:
+        """`merged_dense` for adapters that were looked up before."""
         dense = Dense(widened(base.weight), base.bias if base.bias is None else widened(base.bias))
-        for name in names:
-            dense = self.variants[name].merge(View(self, name), dense, rows)
+        for variant, view in parts:
+            dense = variant.merge(view, dense, rows)
         return dense
 
 

@@ -6,13 +6,17 @@ from tests.contract.rows import DTYPES, KINDS, TUNERS, UNMERGEABLE, UNSUPPORTED
 
 HEAD = f"""# What is supported
 
-Every cell below is tested against the same laws ({", ".join(DTYPES)}; quantised layers in the dtypes that they compute
-in): a fresh adapter is the identity, the merged weight gives the same outputs, unmerging gives every bit back, disabled
-equals the base model, files round-trip in both shapes, gradients reach the active adapter only, failed calls change
-nothing, copies, pickles, threads, gradient checkpointing and `torch.compile` work.
+Every cell below is tested against the same laws. In {", ".join(DTYPES)}, on quantised layers too: a fresh adapter is
+the identity, the merged weight gives the same outputs (within the dtype's rounding of float64 truth), unmerging gives
+every bit back, disabled equals the base model, gradients reach the active adapter only. In one of these dtypes per
+cell, in turn: files round-trip in both shapes, failed calls change nothing, copies, pickles, threads, hooks, gradient
+checkpointing and `torch.compile` work.
 
 `yes`: all of it. `no merge`: the effect cannot be written into the base layer, and merging is refused by name. `-`: the
 plan refuses the combination by name.
+
+`conv1d` is the layer of transformers, `conv1d-torch` that of torch; `attention` is `nn.MultiheadAttention`, `parameter`
+a bare matrix and `experts` a stack of them, both adapted by `target_parameters`.
 """
 
 

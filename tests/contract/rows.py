@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peftlite
-from peftlite import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig
 from peftlite.core.tree import layers
 from tests.quantised import QUANTISED
 
@@ -28,7 +27,8 @@ class Kind:
     width: int = OUT
     quantised: str = ""
     """How the layer is quantised, a key of `QUANTISED`."""
-    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    parameter: str = ""
+    """The parameter of the layer to adapt, where that is one and not the layer."""
 
 
 def vectors(dtype: torch.dtype) -> Tensor:
@@ -47,6 +47,39 @@ def images(dimensions: int) -> Callable[[torch.dtype], Tensor]:
     return lambda dtype: torch.randn(BATCH, IN, *([6] * dimensions)).to(dtype)
 
 
+class Attention(nn.MultiheadAttention):
+    """Attends to its one input, made small: a softmax of large numbers is a choice, that rounding would decide."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = x / 8
+        y: Tensor = super().forward(x, x, x, need_weights=False)[0]
+        return y
+
+
+class Matrix(nn.Module):
+    """A bare parameter (out, in), read by the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(OUT, IN) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+class Experts(nn.Module):
+    """Fused experts (experts, in, out), the sum of which is taken."""
+
+    is_transposed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, IN, OUT) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([(x @ expert).tanh() for expert in self.weight]).sum(0)
+
+
 KINDS: dict[str, Kind] = {
     "linear": Kind(lambda: nn.Linear(IN, OUT), vectors),
     "linear-no-bias": Kind(lambda: nn.Linear(IN, OUT, bias=False), vectors),
@@ -56,41 +89,38 @@ KINDS: dict[str, Kind] = {
     "conv2d-groups": Kind(lambda: nn.Conv2d(IN, OUT, 3, groups=2), images(2), 0),
     "conv3d": Kind(lambda: nn.Conv3d(IN, OUT, (1, 2, 3), bias=False), images(3), 0),
     "embedding": Kind(lambda: nn.Embedding(VOCAB, OUT), ids),
+    "attention": Kind(lambda: Attention(IN, 2, batch_first=True), vectors, IN),
+    "parameter": Kind(Matrix, vectors, parameter="weight"),
+    "experts": Kind(Experts, vectors, parameter="weight"),
     **{
-        kind: Kind(lambda: nn.Linear(WIDE, WIDE // 2), wide_vectors, WIDE // 2, kind, dtypes)
-        for kind, dtypes in {
-            "linear4bit-nf4": ("fp32", "bf16"),
-            "linear4bit-fp4-double": ("bf16",),
-            "linear8bit": ("fp32",),
-            "torchao-int8": ("bf16",),
-            "torchao-int4": ("fp32",),
-            "hqq": ("bf16",),
-        }.items()
+        kind: Kind(lambda: nn.Linear(WIDE, WIDE // 2), wide_vectors, WIDE // 2, kind)
+        for kind in ("linear4bit-nf4", "linear4bit-fp4-double", "linear8bit", "torchao-int8", "torchao-int4", "hqq")
     },
 }
-
-Make = Callable[..., peftlite.PeftConfig]
-
-
-def lora(**fields: Any) -> Make:
-    return lambda **more: LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["layer"], **fields, **more})
+CONVOLUTIONS = ("conv1d-torch", "conv2d", "conv2d-groups", "conv3d")
+READ_BY_MODULE = ("attention", "parameter", "experts")
 
 
-def of(config: Callable[..., peftlite.PeftConfig], **fields: Any) -> Make:
-    """Any other method, on the layer to adapt."""
-    return lambda **more: config(**{"target_modules": ["layer"], **fields, **more})
+@dataclass(frozen=True)
+class Method:
+    """A tuner and variant: the name of its config class, and the fields to set."""
+
+    config: str
+    fields: Mapping[str, Any]
+
+    def __call__(self, library: Any = peftlite, **more: Any) -> Any:
+        return getattr(library, self.config)(**{"target_modules": ["layer"], **self.fields, **more})
 
 
-def ia3(*, feedforward: bool) -> Make:
-    """Feed-forward modules are among the targets, whichever those are."""
-
-    def make(target_modules: Any = ("layer",), **more: Any) -> peftlite.PeftConfig:
-        return IA3Config(target_modules=target_modules, feedforward_modules=["layer"] if feedforward else [], **more)
-
-    return make
+def lora(**fields: Any) -> Method:
+    return Method("LoraConfig", {"r": 4, "lora_alpha": 8, **fields})
 
 
-TUNERS: dict[str, Make] = {
+def of(config: str, **fields: Any) -> Method:
+    return Method(config, fields)
+
+
+TUNERS: dict[str, Method] = {
     "lora": lora(),
     "lora-rslora": lora(use_rslora=True),
     "lora-dropout": lora(lora_dropout=0.3),
@@ -107,39 +137,46 @@ TUNERS: dict[str, Make] = {
     "lora-bdlora-B": lora(use_bdlora={"target_modules_bd_b": ["layer"], "nblocks": 2}, lora_dropout=0.3),
     "lora-qalora": lora(use_qalora=True, qalora_group_size=4),
     "lora-dora-pissa": lora(init_lora_weights="pissa_niter_2", use_dora=True),
-    "adalora": of(AdaLoraConfig, init_r=4, target_r=2, total_step=10),
-    "adalora-dropout": of(AdaLoraConfig, init_r=3, target_r=2, total_step=10, lora_dropout=0.2, lora_alpha=0),
-    "ia3": ia3(feedforward=False),
-    "ia3-feedforward": ia3(feedforward=True),
-    "loha": of(LoHaConfig, r=2),
-    "loha-effective": of(LoHaConfig, r=2, use_effective_conv2d=True),
-    "lokr": of(LoKrConfig, r=4),
-    "lokr-low_rank": of(LoKrConfig, r=1, decompose_both=True, decompose_factor=2),
-    "lokr-effective": of(LoKrConfig, r=1, use_effective_conv2d=True),
-    "vera": of(VeraConfig, r=6),
-    "vera-unsaved": of(VeraConfig, r=6, save_projection=False, vera_dropout=0.1),
+    "adalora": of("AdaLoraConfig", init_r=4, target_r=2, total_step=10),
+    "adalora-dropout": of("AdaLoraConfig", init_r=3, target_r=2, total_step=10, lora_dropout=0.2, lora_alpha=0),
+    "ia3": of("IA3Config", feedforward_modules=[]),
+    "ia3-feedforward": of("IA3Config", feedforward_modules=["layer"]),
+    "loha": of("LoHaConfig", r=2),
+    "loha-effective": of("LoHaConfig", r=2, use_effective_conv2d=True),
+    "lokr": of("LoKrConfig", r=4),
+    "lokr-low_rank": of("LoKrConfig", r=1, decompose_both=True, decompose_factor=2),
+    "lokr-effective": of("LoKrConfig", r=1, use_effective_conv2d=True),
+    "vera": of("VeraConfig", r=6),
+    "vera-unsaved": of("VeraConfig", r=6, save_projection=False, vera_dropout=0.1),
 }
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 UNSUPPORTED: dict[tuple[str, str], str] = {
     ("lora-lora_bias", "embedding"): "lora_bias",
-    **{(tuner, "conv2d-groups"): "use_dora" for tuner in ("lora-dora", "lora-dora-rslora")},
+    **{
+        (tuner, kind): "use_dora"
+        for tuner in ("lora-dora", "lora-dora-rslora")
+        for kind in ("conv2d-groups", *READ_BY_MODULE)
+    },
     **{
         (f"lora-{form}", kind): f"use_{form.partition('-')[0]}"
         for form in ("bdlora", "bdlora-B", "qalora")
-        for kind in ("conv1d-torch", "conv2d", "conv2d-groups", "conv3d", "embedding")
+        for kind in (*CONVOLUTIONS, *READ_BY_MODULE, "embedding")
     },
     **{
         (f"lora-{init}", kind): "init_lora_weights"
         for init in ("pissa", "olora", "orthogonal", "mica", "dora-pissa")
-        for kind in ("conv1d-torch", "conv2d", "conv2d-groups", "conv3d")
+        for kind in (*CONVOLUTIONS, *READ_BY_MODULE)
     },
-    **{(tuner, "embedding"): "Embedding" for tuner in TUNERS if not tuner.startswith("lora")},
+    **{(f"lora-{form}", kind): "lora_" for form in ("dropout", "lora_bias", "dora-rslora") for kind in READ_BY_MODULE},
+    **{(tuner, kind): "Embedding" for tuner in TUNERS for kind in ("embedding",) if not tuner.startswith("lora")},
+    **{(tuner, kind): "Conv" for tuner in ("vera", "vera-unsaved") for kind in CONVOLUTIONS},
     **{
-        (tuner, kind): "Conv"
-        for tuner in ("vera", "vera-unsaved")
-        for kind in ("conv1d-torch", "conv2d", "conv2d-groups", "conv3d")
+        (tuner, kind): {"attention": "MultiheadAttention", "parameter": "Matrix", "experts": "Experts"}[kind]
+        for tuner in TUNERS
+        for kind in READ_BY_MODULE
+        if not tuner.startswith("lora")
     },
 }
 """Combinations that the plan refuses, and what its message names."""
@@ -175,8 +212,11 @@ class Case:
     def quantised(self) -> bool:
         return bool(KINDS[self.kind].quantised)
 
-    def config(self, **fields: Any) -> peftlite.PeftConfig:
-        return TUNERS[self.tuner](**fields)
+    def config(self, library: Any = peftlite, **fields: Any) -> Any:
+        method, parameter = TUNERS[self.tuner], KINDS[self.kind].parameter
+        if parameter and method.config == "LoraConfig":
+            fields = {"target_modules": [], "target_parameters": [f"layer.{parameter}"], **fields}
+        return method(library, **fields)
 
     def base(self) -> Holder:
         torch.manual_seed(1)
@@ -198,6 +238,13 @@ class Case:
             scramble(model, name)
         peftlite.set_adapter(model, (names or ("default",))[0])
         return model
+
+    def assert_same(self, one: Tensor, other: Tensor) -> None:
+        """Bit for bit, but for attention: torch computes that in another way where no gradients are recorded."""
+        if self.kind == "attention":
+            torch.testing.assert_close(one, other, **self.tolerance)
+        else:
+            assert torch.equal(one, other)
 
     @property
     def tolerance(self) -> dict[str, float]:
@@ -232,8 +279,11 @@ def scramble(model: nn.Module, name: str, seed: int | None = None) -> None:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
 
 
-def cases(*, unsupported: bool = False) -> Iterator[Case]:
-    for tuner in TUNERS:
-        for kind in KINDS:
+def cases(*, unsupported: bool = False, each_dtype: bool = True) -> Iterator[Case]:
+    """All cells of the table; of each, all dtypes or (in turn, so that every row and column has all) one."""
+    for row, tuner in enumerate(TUNERS):
+        for column, kind in enumerate(KINDS):
             if ((tuner, kind) in UNSUPPORTED) is unsupported:
-                yield from (Case(tuner, kind, dtype) for dtype in KINDS[kind].dtypes)
+                one = (row + column) % len(DTYPES)
+                names = list(DTYPES) if each_dtype else list(DTYPES)[one : one + 1]
+                yield from (Case(tuner, kind, dtype) for dtype in names)
