@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         PeftModelForSeq2SeqLM,
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
+        create_arrow_model,
         get_peft_model,
         inject_adapter_in_model,
         wrap,
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from peftlite.tuners.lora.inits.repair import replace_lora_weights_loftq
     from peftlite.tuners.lora.inits.residual import residual_into_base
     from peftlite.tuners.lora.options import (
+        ArrowConfig,
         BdLoraConfig,
         CordaConfig,
         EvaConfig,
@@ -101,6 +103,7 @@ __all__ = [
     "AdaLoraCallback",
     "AdaLoraConfig",
     "AdaLoraModel",
+    "ArrowConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -142,6 +145,7 @@ __all__ = [
     "check_hotswap_configs_compatible",
     "check_if_peft_model",
     "convert_to_lora",
+    "create_arrow_model",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "delete_adapter",
@@ -246,6 +250,7 @@ _HOMES = {
         "PeftModelForSeq2SeqLM",
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
+        "create_arrow_model",
         "get_peft_model",
         "inject_adapter_in_model",
         "wrap",
@@ -265,6 +270,7 @@ _HOMES = {
     "peftlite.tuners.lora.inits.repair": ("replace_lora_weights_loftq",),
     "peftlite.tuners.lora.inits.residual": ("residual_into_base",),
     "peftlite.tuners.lora.options": (
+        "ArrowConfig",
         "BdLoraConfig",
         "CordaConfig",
         "EvaConfig",

@@ -459,7 +459,7 @@ ASKS: dict[str, Any] = {
     "runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True),
     "target_parameters": ["a.b"],
     "use_bdlora": {"a": 1},
-    "arrow_config": {"a": 1},
+    "arrow_config": {"top_k": 1},
     "kasa_config": {"a": 1},
     "ensure_weight_tying": True,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from peftlite.config import PeftConfig
 from peftlite.core.former import Former
 from peftlite.core.hosts import ParamHost
 from peftlite.core.inject import Found, choose_parameters, facts_of, host_at, is_linear
-from peftlite.core.targets import TargetSpec, is_all_linear, match_pattern, select
+from peftlite.core.targets import TargetSpec, ending, entries_for, is_all_linear, match_pattern, select
 from peftlite.errors import CheckpointError, ConfigError, PeftliteWarning
 from peftlite.tuners.lora.config import LoraConfig
 
@@ -69,8 +69,8 @@ def brought_up_to_date(base: nn.Module, config: PeftConfig) -> None:
     ):
         return
     old = Old.of(base, config, found, set())
-    names = {_short(path, 1) for path in old.modules}
-    asked = [one for one in old.fused if everything or not {_short(p.path, 1) for p in one.pieces} & names]
+    names = {ending(path, 1) for path in old.modules}
+    asked = [one for one in old.fused if everything or not {ending(p.path, 1) for p in one.pieces} & names]
     for one in asked:
         scalings = {piece.scaling: piece.path for piece in one.pieces}
         if len(scalings) > 1:
@@ -181,7 +181,7 @@ class Old:
         now = replace(
             config.copy(),
             target_modules=self._modules(config),
-            target_parameters=sorted({*(config.target_parameters or ()), *named(parameters, targets, 2)}),
+            target_parameters=sorted({*(config.target_parameters or ()), *entries_for(parameters, targets, 2)}),
             layers_to_transform=config.layers_to_transform if self.modules else None,
             layers_pattern=config.layers_pattern if self.modules else None,
             lora_dropout=0.0 if self.fused else config.lora_dropout,
@@ -211,17 +211,19 @@ class Old:
             return set(select(pool, replace(spec, target_modules=targets)).targets)
 
         if isinstance(given, str):
-            return named(paths, self.modules, 1) if is_all_linear(given) or meant(given) != self.modules else given
+            return (
+                entries_for(paths, self.modules, 1) if is_all_linear(given) or meant(given) != self.modules else given
+            )
         idle = [name for name in given if not meant((name,)) and not meant((name,), self.places)]
         kept = [name for name in given if meant((name,)) and meant((name,)) <= self.modules]
-        return [*(kept if meant(tuple(kept)) == self.modules else named(paths, self.modules, 1)), *idle]
+        return [*(kept if meant(tuple(kept)) == self.modules else entries_for(paths, self.modules, 1)), *idle]
 
 
 def entries(numbers: Mapping[str, N], targets: Collection[str], others: Collection[str]) -> dict[str, N]:
     """What a pattern says of parameters that have these numbers: by their last parts, where that means no others."""
     result: dict[str, N] = {}
     for path, number in numbers.items():
-        short = _short(path, 2)
+        short = ending(path, 2)
         same = all(numbers.get(one) == number for one in targets if match_pattern([short], one))
         result[short if same and not _any(short, others) else path] = number
     return result
@@ -238,19 +240,8 @@ def replaced(found: Found) -> list[Former]:
     ]
 
 
-def named(paths: Sequence[str], wanted: Collection[str], parts: int) -> list[str]:
-    """Entries that mean just the `wanted` of the paths: their last parts where that is enough."""
-    short = sorted({_short(path, parts) for path in wanted})
-    exact = set(select(paths, TargetSpec(target_modules=tuple(short))).targets) == set(wanted)
-    return short if exact else sorted(wanted)
-
-
 def _parent(path: str) -> str:
     return path.rpartition(".")[0]
-
-
-def _short(path: str, parts: int) -> str:
-    return ".".join(path.split(".")[-parts:])
 
 
 def _any(pattern: str, paths: Iterable[str]) -> bool:

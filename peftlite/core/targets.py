@@ -114,6 +114,18 @@ def select(paths: Iterable[str], spec: TargetSpec, *, linear: Collection[str] = 
     return Selection(targets, saved, tuple(_unmatched(pool, candidates, targets, spec, linear)))
 
 
+def entries_for(paths: Iterable[str], wanted: Collection[str], parts: int = 1) -> list[str]:
+    """Entries of `target_modules` that mean just the `wanted` of the paths: their endings where these are enough."""
+    short = sorted({ending(path, parts) for path in wanted})
+    exact = set(select(paths, TargetSpec(target_modules=tuple(short))).targets) == set(wanted)
+    return short if exact else sorted(wanted)
+
+
+def ending(path: str, parts: int = 1) -> str:
+    """The last parts of a path."""
+    return ".".join(path.split(".")[-parts:])
+
+
 def match_pattern(patterns: Iterable[str], path: str) -> str | None:
     """The first pattern that matches the path, or its end after a dot, completely; "^" is where the path begins."""
     names = tuple(patterns)

@@ -1,5 +1,6 @@
 """The outer wrapper `PeftModel`, its task classes, and the ways from a model to one and back."""
 
+from peftlite.model.arrow import create_arrow_model
 from peftlite.model.entry import get_peft_model, inject_adapter_in_model, wrap
 from peftlite.model.tasks import (
     PeftModelForCausalLM,
@@ -19,6 +20,7 @@ __all__ = [
     "PeftModelForSeq2SeqLM",
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
+    "create_arrow_model",
     "get_peft_model",
     "inject_adapter_in_model",
     "wrap",

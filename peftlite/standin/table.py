@@ -66,7 +66,7 @@ _ABSENT = _at(
     "PromptLearningConfig PromptTuningConfig",
 )
 _TYPES = "PeftType TaskType"
-_LORA_CONFIGS = "LoraConfig LoraRuntimeConfig BdLoraConfig EvaConfig LoftQConfig LoraGAConfig"
+_LORA_CONFIGS = "LoraConfig LoraRuntimeConfig ArrowConfig BdLoraConfig EvaConfig LoftQConfig LoraGAConfig"
 _LORA = f"{_LORA_CONFIGS} LoraModel"
 _EVA = "get_eva_state_dict initialize_lora_eva_weights"
 
@@ -113,7 +113,7 @@ MODULES: Final[dict[str, str]] = {
         (
             *(_CONFIGS, _MODELS, _PEFT_MODELS, _AUTO_HERE, _LORA, _TYPES, _MAPPINGS, _ABSENT, _ERRORS, _WARNING),
             *(_INJECT, _SAVE, "PeftConfig get_peft_model get_layer_status get_model_status convert_to_lora"),
-            "prepare_model_for_kbit_training save_as_lora",
+            "create_arrow_model prepare_model_for_kbit_training save_as_lora",
             _at(_FUNCTIONS, "cast_mixed_precision_params"),
         )
     ),
@@ -133,12 +133,13 @@ MODULES: Final[dict[str, str]] = {
     "peft.optimizers.loraplus": "create_loraplus_optimizer",
     "peft.optimizers.riemannian": "",
     "peft.peft_model": f"{_PEFT_MODELS} TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
-    "peft.tuners": f"{_CONFIGS} {_MODELS} {_LORA} {_ABSENT} convert_to_lora save_as_lora",
+    "peft.tuners": f"{_CONFIGS} {_MODELS} {_LORA} {_ABSENT} convert_to_lora create_arrow_model save_as_lora",
     "peft.tuners.tuners_utils": (
         f"{_LAYERS} {_SWITCHES} BaseTuner=peftlite.base_tuner:BaseTuner "
         f"check_target_module_exists={_FUNCTIONS}:check_target_module_exists"
     ),
-    "peft.tuners.lora": f"{_LORA} {_LORA_LAYERS} {_EVA} convert_to_lora save_as_lora",
+    "peft.tuners.lora": f"{_LORA} {_LORA_LAYERS} {_EVA} convert_to_lora create_arrow_model save_as_lora",
+    "peft.tuners.lora.arrow": "ArrowConfig create_arrow_model",
     "peft.tuners.lora.bnb": f"Linear4bit={_KINDS}:LoraLinear4bit Linear8bitLt={_KINDS}:LoraLinear8bitLt",
     "peft.tuners.lora.config": f"{_LORA_CONFIGS} CordaConfig",
     "peft.tuners.lora.conversion": "convert_to_lora save_as_lora",

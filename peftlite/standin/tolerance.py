@@ -7,6 +7,7 @@ names the argument gets what it asks for.
 from __future__ import annotations
 
 import importlib
+import inspect
 from functools import cache, reduce
 from typing import Any, Final
 
@@ -29,5 +30,5 @@ def settle() -> None:
     for place, (argument, value) in DEFAULTS.items():
         module, _, path = place.partition(":")
         found: Any = reduce(getattr, path.split("."), importlib.import_module(module))
-        function = getattr(found, "__func__", found)  # of a class method
+        function: Any = inspect.unwrap(getattr(found, "__func__", found))  # of a class method, and of `atomic`
         function.__kwdefaults__ = {**function.__kwdefaults__, argument: value}

@@ -22,6 +22,7 @@ from peftlite.core.targets import match_pattern
 from peftlite.errors import ConfigError, UnsupportedFeatureError, nearest
 from peftlite.tuners.fields import check_probability, check_targets
 from peftlite.tuners.lora.options import (
+    ArrowConfig,
     BdLoraConfig,
     CordaConfig,
     EvaConfig,
@@ -42,7 +43,6 @@ UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
         "velora_config": None,
         "monteclora_config": None,
         "layer_replication": None,
-        "arrow_config": None,
         "kasa_config": None,
     }
 )
@@ -127,7 +127,7 @@ class LoraConfig(PeftConfig):
     lora_bias: bool = False
     target_parameters: list[str] | None = None
     use_bdlora: BdLoraConfig | dict[str, Any] | None = None
-    arrow_config: dict[str, Any] | None = None
+    arrow_config: ArrowConfig | dict[str, Any] | None = None
     kasa_config: dict[str, Any] | None = None
     ensure_weight_tying: bool = False
 
@@ -196,6 +196,7 @@ class LoraConfig(PeftConfig):
             self._check_init(self.init_lora_weights)
 
     def _check_options(self) -> None:
+        self.arrow_config = options("arrow_config", self.arrow_config, ArrowConfig)
         self.use_bdlora = options("use_bdlora", self.use_bdlora, BdLoraConfig)
         for init, name, kind in DATA_DRIVEN:
             given = options(name, getattr(self, name), kind)
@@ -217,6 +218,7 @@ class LoraConfig(PeftConfig):
             "use_qalora": self.use_qalora,
             "use_bdlora": self.use_bdlora is not None,
             "alora_invocation_tokens": bool(self.alora_invocation_tokens),
+            "arrow_config": self.arrow_config is not None,
             "init_lora_weights='mica'": init == "mica",
         }
         asked = [name for name, wanted in forms.items() if wanted]

@@ -117,6 +117,37 @@ class BdLoraConfig:
         check_bool("match_strict", self.match_strict)
 
 
+@dataclass
+class ArrowConfig:
+    """Arrow: how tokens find their adapters among `task_adapter_names`, which `create_arrow_model` fills in.
+
+    Each token goes to the `top_k` adapters whose main direction is most like it, weighted by a softmax of the likeness
+    over `router_temperature`. `use_gks` subtracts the mean of the `gks_adapter_names`, which know what is general.
+    `rng_seed` changes nothing: directions are exact.
+    """
+
+    top_k: int = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    rng_seed: int | None = None
+    task_adapter_names: list[str] | None = None
+    gks_adapter_names: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.top_k = check_int("top_k", self.top_k, 1)
+        self.router_temperature = check_number("router_temperature", self.router_temperature)
+        if self.router_temperature <= 0:
+            raise wrong("router_temperature", self.router_temperature, "above 0")
+        check_bool("use_gks", self.use_gks)
+        for name in ("task_adapter_names", "gks_adapter_names"):
+            setattr(self, name, check_names(name, getattr(self, name), sort=False))
+        count = len(self.task_adapter_names or ())
+        if count and self.top_k > count:
+            raise wrong("top_k", self.top_k, f"at most {count}, the number of `task_adapter_names`")
+        if count and self.use_gks != bool(self.gks_adapter_names):
+            raise wrong("gks_adapter_names", self.gks_adapter_names, f"given exactly with `use_gks={True}`")
+
+
 def options(field: str, value: object, kind: type[O]) -> O | None:
     """The value of a field of `kind`: one, a mapping of its fields, or None.
 

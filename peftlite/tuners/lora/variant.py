@@ -9,6 +9,7 @@ from peftlite.core.hosts import Host
 from peftlite.core.slots import ModuleSlot, Slot
 from peftlite.core.variant import TunerSpec, Variant, register
 from peftlite.tuners.lora.alora import Invoked
+from peftlite.tuners.lora.arrow import Routed
 from peftlite.tuners.lora.config import LoraConfig
 from peftlite.tuners.lora.dora import Dora
 from peftlite.tuners.lora.frugal import Blocks, Pooled
@@ -32,6 +33,7 @@ _DORA = Dora()
 _BLOCKS = Blocks()
 _POOLED = Pooled()
 _INVOKED = Invoked()
+_ROUTED = Routed()
 
 
 def variant_for(config: LoraConfig) -> Variant:
@@ -41,6 +43,7 @@ def variant_for(config: LoraConfig) -> Variant:
         (config.use_bdlora is not None, _BLOCKS),
         (config.use_qalora, _POOLED),
         (bool(config.alora_invocation_tokens), _INVOKED),
+        (config.arrow_config is not None, _ROUTED),
         (config.init_lora_weights == "mica", _MICA),
     )
     for asked, variant in forms:
