@@ -15,10 +15,14 @@ from benchmarks.models import STACK, Stack
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    width = 64 if quick else 1024
-    for dtype in (torch.float32, torch.bfloat16):
-        for batch, length, adapters, goal in ((64, 1, 8, 1.15), (64, 1, 64, 1.6), (16, 64, 8, 1.1)):
-            yield mixed(dtype, width, batch, length, 4 if quick else adapters, goal)
+    for dtype, many in ((torch.float32, 1.3), (torch.bfloat16, 1.6)):
+        for width, batch, length, adapters, goal in (
+            (1024, 64, 1, 8, 1.15),
+            (1024, 64, 1, 64, many),
+            (512, 256, 1, 256, 2.3),
+            (1024, 16, 64, 8, 1.1),
+        ):
+            yield mixed(dtype, 64 if quick else width, batch, length, 4 if quick else adapters, goal)
 
 
 @torch.no_grad()
@@ -49,5 +53,5 @@ def mixed(dtype: torch.dtype, width: int, batch: int, length: int, adapters: int
     )
     ms = {name: spread.median * 1e3 for name, spread in found.items()}
     kind = "decode" if length == 1 else f"prefill x {length}"
-    title = f"mixed {kind}, batch {batch}, {adapters} adapters, {str(dtype).removeprefix('torch.')}"
+    title = f"mixed {kind}, width {width}, batch {batch}, {adapters} adapters, {str(dtype).removeprefix('torch.')}"
     return Row(title, "ms", ms["ours"], ms["peft"], ms["floor"], goal=goal, goal_is_to_floor=True)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from peftlite.core.inject import inject, plan
     from peftlite.core.lifecycle import (
         active_adapters,
+        adapter_ids,
         delete_adapter,
         disable_adapter,
         disable_adapters,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         unload,
         unmerge_adapter,
         use_adapter,
+        use_adapter_per_row,
     )
     from peftlite.core.overlay import overlay
     from peftlite.core.status import (
@@ -141,6 +143,7 @@ __all__ = [
     "VeraConfig",
     "VeraModel",
     "active_adapters",
+    "adapter_ids",
     "add_weighted_adapter",
     "check_hotswap_configs_compatible",
     "check_if_peft_model",
@@ -190,6 +193,7 @@ __all__ = [
     "unmerge_adapter",
     "update_and_allocate",
     "use_adapter",
+    "use_adapter_per_row",
     "wrap",
 ]
 
@@ -213,6 +217,7 @@ _HOMES = {
     "peftlite.core.inject": ("inject", "plan"),
     "peftlite.core.lifecycle": (
         "active_adapters",
+        "adapter_ids",
         "delete_adapter",
         "disable_adapter",
         "disable_adapters",
@@ -225,6 +230,7 @@ _HOMES = {
         "unload",
         "unmerge_adapter",
         "use_adapter",
+        "use_adapter_per_row",
     ),
     "peftlite.core.overlay": ("overlay",),
     "peftlite.core.status": (

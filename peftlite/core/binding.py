@@ -10,10 +10,11 @@ from torch import nn
 from peftlite.core.state import AdapterState, bias_of
 from peftlite.core.transaction import on_failure
 from peftlite.core.tree import base_biases, layers, named_layers
-from peftlite.core.variant import Program
+from peftlite.core.variant import Bank, Program
 from peftlite.errors import AdapterNameError
 
 _MAX_PLANS = 256  # sets of adapters for which every layer's program is kept
+_MAX_BANKS = 64
 
 
 def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
@@ -63,12 +64,24 @@ def plan_programs(model: nn.Module, state: AdapterState, names: tuple[str, ...])
     return plan
 
 
+def plan_banks(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> tuple[Bank | None, ...]:
+    """Per layer, what runs rows of these adapters together (see `Variant.bank`); kept until a layer changes."""
+    banks = state.banks.get(names)
+    if banks is None:
+        number(model)
+        banks = tuple(layer.bank(names) for layer in layers(model))
+        if len(state.banks) >= _MAX_BANKS:
+            state.banks.clear()
+        state.banks[names] = banks
+    return banks
+
+
 def number(model: nn.Module) -> None:
     """Tell every layer which of a Call's programs is its own."""
     for place, layer in enumerate(layers(model)):
         if layer.place != place:
             layer.__dict__["place"] = place
-            layer.state.plans.clear()
+            layer.state.forget_plans()
 
 
 def check_exclusive(model: nn.Module, names: Sequence[str]) -> None:

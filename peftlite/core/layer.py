@@ -25,7 +25,7 @@ from peftlite.core.slots import (
 from peftlite.core.state import AdapterState
 from peftlite.core.tied import TiedLayer
 from peftlite.core.transaction import atomic, drop, keep, put
-from peftlite.core.variant import Program, TunerSpec, Variant
+from peftlite.core.variant import Bank, Program, TunerSpec, Variant
 from peftlite.errors import StateError
 
 _DERIVED = ("_program", "_host", "_owner")
@@ -224,6 +224,16 @@ class AdapterLayer(TiedLayer):
         fast = self.variants[live[0]].bind(View(self, live[0]), call) if len(live) == 1 else None
         return fast or call
 
+    def bank(self, names: Sequence[str]) -> Bank | None:
+        """What runs rows of these adapters together, if possible; of the base layer, where it has none of a name."""
+        found = {name: self.variants[name] for name in names if name in self.variants}
+        kinds = {type(variant): variant for variant in found.values()}
+        if len(kinds) > 1 or self.host.weight_only or self.merged_adapters:
+            return None
+        if not kinds:
+            return partial(_base_alone, self)
+        return next(iter(kinds.values())).bank(self, [View(self, name) if name in found else None for name in names])
+
     def _near(self, call: Program, *args: Any, **kwargs: Any) -> Any:
         """`call`, with the weights of the base layer and the adapters here if they were elsewhere."""
         if torch.compiler.is_compiling() or not is_away(self.get_base_layer()):
@@ -303,6 +313,11 @@ class AdapterLayer(TiedLayer):
         replica.__dict__.update(_program=None, _host=None, _owner=None)
         replica.__dict__["forward"] = partial(_replica_forward, replica, names if chosen is None else chosen.names)
         return replica
+
+
+def _base_alone(layer: AdapterLayer, x: Tensor, order: object) -> Tensor:
+    y: Tensor = layer.wrapped(x)
+    return y
 
 
 def _replica_forward(replica: AdapterLayer, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from peftlite.core.binding import activate, check_exclusive, number, plan_programs, rebind, sync
+from peftlite.core.binding import activate, check_exclusive, number, plan_banks, plan_programs, rebind, sync
 from peftlite.core.call import Call, current, using
 from peftlite.core.inject import facts_of
 from peftlite.core.inputs import forget
@@ -20,13 +20,14 @@ from peftlite.core.layer import AdapterLayer
 from peftlite.core.merging import SAME, Undo, check_undo
 from peftlite.core.outputs import detach
 from peftlite.core.packed import warn_of_rounding
-from peftlite.core.rows import RowsCall, check_rows
+from peftlite.core.rows import RowsCall, check_rows, grouped
 from peftlite.core.slots import View
 from peftlite.core.state import BASE, AdapterState, bias_of
 from peftlite.core.ties import note_shared, untied, warn_of_untying
 from peftlite.core.transaction import atomic, on_failure, put, restoring
 from peftlite.core.tree import base_model_of, check_one_state, find_state, layer_places, layers, named_layers
 from peftlite.core.unpacking import unpack
+from peftlite.core.variant import Program
 from peftlite.errors import MergeError, NoAdapterError, PeftliteWarning, StateError
 
 
@@ -48,6 +49,14 @@ def state_of(model: nn.Module) -> AdapterState:
 def active_adapters(model: nn.Module) -> list[str]:
     """The names of the adapters in use."""
     return list(state_of(model).active)
+
+
+def adapter_ids(model: nn.Module) -> dict[str, int]:
+    """The number of each adapter, which no other adapter of the model ever had; 0 is the base model.
+
+    Raises: NoAdapterError.
+    """
+    return dict(state_of(model).ids)
 
 
 # ---- which adapters are in use
@@ -129,10 +138,12 @@ def use_adapter(model: nn.Module, *adapter_names: str) -> AbstractContextManager
     return using(Call(state, names, plan_programs(model, state, names), current()))
 
 
-def use_adapter_per_row(model: nn.Module, adapter_names: Sequence[str]) -> AbstractContextManager[Call]:
-    """Inside the `with` block, row i of every batch uses `adapter_names[i]`; `"__base__"` is the base model.
+def use_adapter_per_row(model: nn.Module, adapter_names: Sequence[str | None] | Tensor) -> AbstractContextManager[Call]:
+    """Inside the `with` block, row i of every batch uses `adapter_names[i]`; `"__base__"` or None is the base model.
 
-    What `use_adapter` says of threads and recomputation holds here too.
+    A tensor of integers (rows,) has ids instead of names, as `adapter_ids` gives them, with 0 for the base model.
+    Batches may train: each adapter gets the gradients of its own rows. What `use_adapter` says of threads and
+    recomputation holds here too.
 
     Raises: AdapterNameError, StateError if adapters are merged or there is no row, NoAdapterError. In forward,
     StateError where a layer's input does not have one entry (or k entries) per row.
@@ -140,9 +151,11 @@ def use_adapter_per_row(model: nn.Module, adapter_names: Sequence[str]) -> Abstr
     state = state_of(model)
     rows = check_rows(state, adapter_names)
     check_unmerged(model)
-    names = dict.fromkeys(rows)
-    programs = {name: plan_programs(model, state, () if name == BASE else (name,)) for name in names}
-    return using(RowsCall(state, rows, programs, current()))
+
+    def plan(name: str) -> tuple[Program, ...]:
+        return plan_programs(model, state, () if name == BASE else (name,))
+
+    return using(RowsCall(state, rows, plan_banks(model, state, grouped(rows)), plan, current()))
 
 
 def check_unmerged(model: nn.Module) -> None:

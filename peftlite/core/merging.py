@@ -104,7 +104,7 @@ class MergingLayer(ScalingLayer):
     def unbind(self) -> None:
         """Forget everything derived from the adapters on this layer; it is made again on use."""
         self.__dict__["_program"] = None
-        self.state.plans.clear()
+        self.state.forget_plans()
         if self._owner is not None:
             self._owner.unbind()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,81 +12,181 @@ from torch import Tensor
 
 from peftlite.core.call import Call
 from peftlite.core.state import BASE, AdapterState
-from peftlite.core.variant import Program
-from peftlite.errors import StateError
+from peftlite.core.variant import Bank, Program
+from peftlite.errors import AdapterNameError, StateError
+
+
+class Order:
+    """How the entries of a batch, `each` for a row, are sorted by adapter, one group after the other.
+
+    rows: the group of each row; perm: the rows sorted by group, None where they come so; counts: rows of each group.
+    What a caller does not use is not worked out, and so nothing that compiled code depends on.
+    """
+
+    def __init__(self, rows: Tensor, perm: Tensor | None, counts: Sequence[int], each: int) -> None:
+        self.rows = rows
+        self.perm = perm
+        self.counts = counts
+        self.each = each
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries of each group."""
+        return [count * self.each for count in self.counts]
+
+    @property
+    def group(self) -> Tensor:
+        """(entries,): the group of each entry, as they come."""
+        return self.rows if self.each == 1 else self.rows.repeat_interleave(self.each)
+
+    @cached_property
+    def sort(self) -> Tensor | None:
+        """(entries,): the entries sorted by group; None where they come so."""
+        return None if self.perm is None else spread(self.perm, self.each)
+
+    @cached_property
+    def unsort(self) -> Tensor | None:
+        """The inverse."""
+        return None if self.sort is None else torch.argsort(self.sort)
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """The entries of the first dimension, sorted by group."""
+        return x if self.sort is None else x.index_select(0, self.sort)
+
+    def restored(self, y: Tensor) -> Tensor:
+        """Sorted entries in the order in which they came."""
+        return y if self.unsort is None else y.index_select(0, self.unsort)
 
 
 class RowsCall(Call):
     """Like a `Call`, with one adapter (or the base model) per row of the batch.
 
-    A layer may be called with k entries per row, row by row (beams, or tokens flattened into the batch); its first
-    dimension then is k times the number of rows.
+    Rows are grouped once, when the call begins. A layer whose variant has a bank for these adapters runs them together;
+    else each group goes through its adapter's own program. A layer may be called with k entries per row, row by row
+    (beams, or tokens flattened into the batch); its first dimension then is k times the number of rows.
     """
 
     def __init__(
-        self, state: AdapterState, rows: Sequence[str], programs: Mapping[str, Sequence[Program]], outer: Call | None
+        self,
+        state: AdapterState,
+        rows: Sequence[str],
+        banks: Sequence[Bank | None],
+        plan: Callable[[str], Sequence[Program]],
+        outer: Call | None,
     ) -> None:
         super().__init__(state, (), (), outer)
-        self.rows = tuple(rows)
-        self.by_name = {name: tuple(of_name) for name, of_name in programs.items()}
-        order = sorted(range(len(rows)), key=lambda row: rows[row])
-        self.perm = torch.tensor(order)
-        self.inverse = torch.argsort(self.perm)
-        self.groups: list[tuple[str, int, int]] = []
-        for place, row in enumerate(order):
-            if self.groups and self.groups[-1][0] == rows[row]:
-                name, first, _ = self.groups[-1]
-                self.groups[-1] = (name, first, place + 1)
-            else:
-                self.groups.append((rows[row], place, place + 1))
+        self.count = len(rows)
+        self.banks = banks
+        self.plan = plan
+        self.groups = grouped(rows)
+        place = {name: number for number, name in enumerate(self.groups)}
+        self.group = torch.tensor([place[name] for name in rows])
+        self.sizes: list[int] = torch.bincount(self.group).tolist()
+        is_sorted = all(place[one] <= place[two] for one, two in pairwise(rows))
+        self.perm = None if is_sorted else torch.argsort(self.group, stable=True)
+        self.orders: dict[tuple[int, torch.device], Order] = {}
+        self.planned: dict[str, Sequence[Program]] = {}
+        if len(self.groups) == 1 or any(bank is None for bank in banks):
+            self.planned = {name: plan(name) for name in self.groups}
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        return tuple(name for name in self.by_name if name != BASE)
+        return tuple(name for name in self.groups if name != BASE)
 
     def rows_of(self, name: str) -> Tensor | None:
-        return None if len(self.groups) == 1 else next(self.perm[i:j] for other, i, j in self.groups if other == name)
+        if len(self.groups) == 1:
+            return None
+        perm = torch.arange(self.count) if self.perm is None else self.perm
+        return split(perm, self.sizes)[self.groups.index(name)]
 
     def run(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run each group of rows through its adapter's program and put the rows back in their order.
+        """The layer's output, every row with its own adapter.
 
         Raises: StateError if the layer's input is not one entry (or k entries) per row.
         """
         if len(self.groups) == 1:
-            return self.by_name[self.groups[0][0]][layer.place](*args, **kwargs)
+            return self.planned[self.groups[0]][layer.place](*args, **kwargs)
+        x = self._by_row(layer, args)
+        order = self.order(x.shape[0] // self.count, x.device)
+        bank = self.banks[layer.place]
+        y = bank(x, order) if bank is not None and len(args) == 1 and not kwargs else None
+        return self._group_by_group(layer, order, args, kwargs) if y is None else y
+
+    def _by_row(self, layer: Any, args: tuple[Any, ...]) -> Tensor:
         x = args[0] if args else None
-        by_row = isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] % len(self.rows) == 0
-        if layer.host.weight_only or not isinstance(x, Tensor) or not by_row:
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            kind = type(layer.get_base_layer()).__name__
-            raise StateError(
-                f"`adapter_names` has {len(self.rows)} rows, and a {kind} with adapters was called with `{shape}`, "
-                "which cannot be told apart by row: use one adapter per call. Nothing was changed."
-            )
-        each = x.shape[0] // len(self.rows)
-        sorted_rows = x.index_select(0, spread(self.perm, each, x.device))
-        outputs = [
-            self.by_name[name][layer.place](sorted_rows[first * each : last * each], *args[1:], **kwargs)
-            for name, first, last in self.groups
-        ]
-        return torch.cat(outputs).index_select(0, spread(self.inverse, each, x.device))
+        if isinstance(x, Tensor) and x.dim() and x.shape[0] % self.count == 0 and not layer.host.weight_only:
+            return x
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise StateError(
+            f"`adapter_names` has {self.count} rows, and a {type(layer.get_base_layer()).__name__} with adapters was "
+            f"called with `{shape}`, which cannot be told apart by row: use one adapter per call. Nothing was changed."
+        )
+
+    def order(self, each: int, device: torch.device) -> Order:
+        """The order of a batch with `each` entries per row."""
+        if torch.compiler.is_compiling():
+            return self._order(each, device)
+        known = self.orders.get((each, device))
+        if known is None:
+            known = self.orders[each, device] = self._order(each, device)
+        return known
+
+    def _order(self, each: int, device: torch.device) -> Order:
+        return Order(self.group.to(device), None if self.perm is None else self.perm.to(device), self.sizes, each)
+
+    def _group_by_group(self, layer: Any, order: Order, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        outputs = []
+        for name, part in zip(self.groups, split(order.sorted(args[0]), order.sizes), strict=True):
+            if name not in self.planned:
+                self.planned[name] = self.plan(name)
+            outputs.append(self.planned[name][layer.place](part, *args[1:], **kwargs))
+        return order.restored(torch.cat(outputs))
 
 
-def spread(order: Tensor, each: int, device: torch.device) -> Tensor:
+def grouped(rows: Sequence[str]) -> tuple[str, ...]:
+    """The adapters of a batch, each once and sorted, so that batches of the same adapters are planned once."""
+    return tuple(sorted(set(rows)))
+
+
+def split(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Parts of the first dimension."""
+    parts: tuple[Tensor, ...] = x.split(list(sizes))  # type: ignore[no-untyped-call]
+    return parts
+
+
+def spread(order: Tensor, each: int) -> Tensor:
     """The order of entries, where every row of `order` (rows,) stands for `each` entries: (rows * each,)."""
-    order = order.to(device)
-    if each == 1:
-        return order
-    return (order[:, None] * each + torch.arange(each, device=device)).flatten()
+    return order if each == 1 else (order[:, None] * each + torch.arange(each, device=order.device)).flatten()
 
 
-def check_rows(state: AdapterState, rows: Sequence[str]) -> tuple[str, ...]:
-    """The adapter of every row, each known, or `__base__` for the base model.
+def check_rows(state: AdapterState, rows: Sequence[str | None] | Tensor) -> tuple[str, ...]:
+    """The adapter of every row, each known, or `__base__` for the base model. rows: names, or ids (rows,).
 
     Raises: AdapterNameError, StateError if there is no row.
     """
+    if isinstance(rows, Tensor):
+        return by_id(state, rows)
     if isinstance(rows, str) or not len(rows):
         raise StateError(f"`adapter_names` is `{rows}`; it must be a list with one name per row. Nothing was changed.")
     names = tuple(BASE if name is None else name for name in rows)
     state.checked(name for name in names if name != BASE)
     return names
+
+
+def by_id(state: AdapterState, rows: Tensor) -> tuple[str, ...]:
+    """The adapters with these ids (rows,), of which 0 is the base model.
+
+    Raises: AdapterNameError for an id that no adapter has, StateError for what are no ids.
+    """
+    if rows.dim() != 1 or not len(rows) or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise StateError(
+            f"`adapter_names` is a tensor {tuple(rows.shape)} of {rows.dtype}; it must have one integer per row, an id "
+            "that `adapter_ids` gives. Nothing was changed."
+        )
+    names = {0: BASE, **{number: name for name, number in state.ids.items()}}
+    ids = rows.tolist()
+    for number in ids:
+        if number not in names:
+            there = ", ".join(f"`{known}` (`{name}`)" for known, name in names.items())
+            raise AdapterNameError(f"No adapter has the id `{number}`; there are {there}. Nothing was changed.")
+    return tuple(names[number] for number in ids)

@@ -40,6 +40,7 @@ class AdapterState:
         self.cast_inputs = True
         """Whether factors are given the layers' inputs in their own dtype, where that is another."""
         self.plans: dict[tuple[str, ...], tuple[Any, ...]] = {}
+        self.banks: dict[tuple[str, ...], tuple[Any, ...]] = {}
         self.shared: dict[str, BufferSlot] = {}
         """Slot -> the tensors of adapters that all layers share: the same container in every layer."""
         self.memory: dict[str, Any] = {}
@@ -47,7 +48,12 @@ class AdapterState:
         self._next_id = 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}}
+        return {**self.__dict__, "plans": {}, "banks": {}}
+
+    def forget_plans(self) -> None:
+        """Drop what was derived from layers that have changed."""
+        self.plans.clear()
+        self.banks.clear()
 
     # ---- adapters
     def add(self, name: str, config: PeftConfig, trainable: bool) -> None:

@@ -11,8 +11,6 @@ from torch import nn
 from peftlite.core.call import current
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import state_of
-from peftlite.core.rows import RowsCall
-from peftlite.core.state import BASE
 from peftlite.core.tree import Shell, base_model_of, named_layers
 
 Irregular = Literal["irregular"]
@@ -119,7 +117,7 @@ def in_use(layer: AdapterLayer) -> tuple[bool, list[str]]:
     call = current()
     if call is None or (call := call.of(layer.state)) is None:
         return layer.enabled, layer.active_adapters
-    names = [name for name in (call.by_name if isinstance(call, RowsCall) else call.names) if name != BASE]
+    names = list(call.adapters)
     return bool(names), names or layer.active_adapters
 
 

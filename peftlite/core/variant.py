@@ -19,6 +19,8 @@ from peftlite.core.slots import Slot, View
 from peftlite.errors import ConfigError, nearest
 
 Program = Callable[..., Any]
+Bank = Callable[[Tensor, Any], Tensor | None]
+"""(input, `Order` of its entries) -> output; None where the groups have to go one by one, each through its program."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,13 @@ class Variant:
 
     def bind(self, a: View, slow: Program) -> Program | None:
         """A callable equal to `slow` (this adapter around the base layer), only faster; or None."""
+        return None
+
+    def bank(self, layer: Any, views: Sequence[View | None]) -> Bank | None:
+        """What runs rows of different adapters of this kind on one layer together, equal to one by one; or None.
+
+        `views` has one for each group of rows, None where that group uses the base layer alone.
+        """
         return None
 
 

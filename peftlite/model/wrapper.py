@@ -99,7 +99,8 @@ class PeftModel(Wrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base model does with these arguments and the active adapters, or with one for each row.
 
-        `adapter_names` has the name of an adapter for each row of the batch; `"__base__"` stands for the base model.
+        `adapter_names` has the name of an adapter for each row of the batch; `"__base__"` stands for the base model. It
+        may also be a tensor of ids, see `use_adapter_per_row`.
         """
         with self._rows(kwargs.pop("adapter_names", None)):
             return self.base_model(*args, **kwargs)
@@ -109,7 +110,7 @@ class PeftModel(Wrapper):
         with self._rows(kwargs.pop("adapter_names", None)):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
-    def _rows(self, names: Sequence[str] | None) -> AbstractContextManager[object]:
+    def _rows(self, names: Sequence[str] | Tensor | None) -> AbstractContextManager[object]:
         return nullcontext() if names is None else lifecycle.use_adapter_per_row(self, names)
 
     # ---- what there is

@@ -10,6 +10,8 @@ instance, subclasses of modules or tensors, autocast, functorch transforms, a ba
 from __future__ import annotations
 
 import math
+from itertools import repeat
+from operator import contains
 from typing import Any
 
 import torch
@@ -99,6 +101,27 @@ def suits(a: View) -> bool:
     if isinstance(a.scaling, Tensor):  # data, so that hotswapping needs no compilation: never read on the host
         return False
     return "bias" not in dict(a.lora_B.named_parameters()) and type(a.lora_dropout) in (nn.Dropout, nn.Identity)
+
+
+def globally_hooked() -> bool:
+    """Whether hooks are registered on all modules."""
+    return any(_GLOBAL_HOOKS)
+
+
+class Parts:
+    """Modules whose formula may be used in place of calling them, as long as nobody has put anything in the way."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.own = tuple(module.__dict__ for module in modules)
+        self.hooks = tuple(
+            hooks
+            for part in modules
+            for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+        )
+
+    def touched(self) -> bool:
+        """Whether a module has a hook, or a `forward` patched onto it."""
+        return any(self.hooks) or any(map(contains, self.own, repeat("forward")))
 
 
 class BoundLinear:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from peftlite.core.hosts import ALL_ROWS, EmbeddingHost, Host
 from peftlite.core.slots import View
-from peftlite.core.variant import Additive, Placement, Program
+from peftlite.core.variant import Additive, Bank, Placement, Program
 from peftlite.tuners.lora import tied
+from peftlite.tuners.lora.banked import LoraBank, banks
 from peftlite.tuners.lora.bound import BoundLinear, suits
 from peftlite.tuners.lora.config import LoraConfig
 from peftlite.tuners.lora.factors import (
@@ -82,6 +84,9 @@ class Lora(Additive):
 
     def bind(self, a: View, slow: Program) -> Program | None:
         return BoundLinear(a, slow) if type(self) is Lora and suits(a) else None
+
+    def bank(self, layer: Any, views: Sequence[View | None]) -> Bank | None:
+        return LoraBank(layer, views) if type(self) is Lora and all(a is None or banks(a) for a in views) else None
 
     def why_not_merge(self, a: View) -> str | None:
         host: Host = a.layer.host
