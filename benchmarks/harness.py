@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -60,20 +61,37 @@ class Row:
 def pair(
     actions: Mapping[str, Action], rounds: int = 15, repeat: int = 1, before: Mapping[str, Action] | None = None
 ) -> dict[str, Spread]:
-    """Thread-CPU seconds of each action, run in turn A B A B ...; `before` is run first each time, not counted."""
+    """Thread-CPU seconds of each action, run in turn A B A B ...; `before` is run first each time, not counted.
+
+    Without garbage collection meanwhile, as `timeit` has it: one that falls into an action would be most of its time.
+    """
     times: dict[str, list[float]] = {name: [] for name in actions}
     if QUICK:
         rounds, repeat = 1, 1
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        _alternate(actions, before or {}, times, rounds, repeat)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return {name: Spread.of(values) for name, values in times.items()}
+
+
+def _alternate(
+    actions: Mapping[str, Action], before: Mapping[str, Action], times: dict[str, list[float]], rounds: int, repeat: int
+) -> None:
     for turn in range(rounds + 1):
         for name, action in actions.items():
-            if before is not None and name in before:
+            if name in before:
                 before[name]()
+            gc.collect()
             start = time.thread_time()
             for _ in range(repeat):
                 action()
             if turn:  # the first round warms up
                 times[name].append((time.thread_time() - start) / repeat)
-    return {name: Spread.of(values) for name, values in times.items()}
 
 
 @contextmanager
