@@ -47,7 +47,7 @@ def rebind(model: nn.Module, state: AdapterState) -> None:
 
 def unbind(model: nn.Module, state: AdapterState) -> None:
     """Forget every layer's program; it is made again on use."""
-    state.plans.clear()
+    state.forget_plans()
     for layer in layers(model):
         layer.unbind()
 
