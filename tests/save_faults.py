@@ -76,15 +76,24 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def write_old(directory: Path) -> None:
+    write_adapter(directory, OLD, WEIGHTS["old"], record={"of": "old"})
+
+
+def write_new(directory: Path) -> None:
+    write_adapter(directory, NEW, WEIGHTS["new"], record={"of": "new"})
+
+
 def holds(directory: Path) -> str:
     """What a reader finds: "none", "old" or "new", each of them whole."""
     try:
         with read_adapter(directory) as files:
-            config, weight = files.config, files.tensors.read("w")
+            config, weight, record = files.config, files.tensors.read("w"), files.record
     except AdapterFilesNotFoundError:
         return "none"
     name = {1: "old", 2: "new"}[config["r"]]
     assert torch.equal(weight, WEIGHTS[name]["w"]), f"config of {name}, weights of another"
+    assert record["of"] == name, f"config of {name}, record of another"
     return name
 
 
@@ -104,9 +113,10 @@ def in_child(action: Callable[[], int]) -> int:
 
 def prepare(directory: Path, before: str) -> None:
     if before == "old":
-        write_adapter(directory, OLD, WEIGHTS["old"])
-    if before == "interrupted":  # the old adapter is one whose save was killed between its two files
-        write_adapter(directory, NEW, WEIGHTS["new"])
+        write_old(directory)
+    if before.startswith("interrupted"):  # the old adapter is one whose save was killed between its files
+        at = int(before[-1])
+        write_new(directory)
 
         def half_published() -> int:
             replaces = 0
@@ -115,10 +125,10 @@ def prepare(directory: Path, before: str) -> None:
             def replace(*args: Any) -> None:
                 nonlocal replaces
                 replaces += 1
-                kill() if replaces == 2 else plain(*args)
+                kill() if replaces == at else plain(*args)
 
             os.replace = replace  # type: ignore[assignment]
-            write_adapter(directory, OLD, WEIGHTS["old"])
+            write_old(directory)
             return 0
 
         assert in_child(half_published) == -signal.SIGKILL
@@ -131,22 +141,22 @@ def strike_at(directory: Path, before: str, strike: Callable[[], None], at: int)
     def save() -> int:
         fault = Fault(strike, at)
         fault.install()
-        write_adapter(directory, NEW, WEIGHTS["new"])
+        write_new(directory)
         return STRUCK if fault.steps > at else 0
 
     code = in_child(save)
     assert code in {0, STRUCK, FAILED, -signal.SIGKILL}, code
     found = holds(directory)
     assert code not in {0, STRUCK} or found == "new"
-    write_adapter(directory, NEW, WEIGHTS["new"])  # whatever was left behind, the next save works and cleans up
+    write_new(directory)  # whatever was left behind, the next save works and cleans up
     assert holds(directory) == "new"
-    assert len(list(directory.iterdir())) == 2, list(directory.iterdir())
+    assert len(list(directory.iterdir())) == 3, list(directory.iterdir())
     return code != 0, found
 
 
 def strike_everywhere(root: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    kills = [("kill", kill, before) for before in ("nothing", "old", "interrupted")]
+    kills = [("kill", kill, before) for before in ("nothing", "old", "interrupted 2", "interrupted 3")]
     for name, strike, before in [*kills, ("disk-full", disk_full, "old"), ("interrupt", interrupt, "old")]:
         seen = found[f"{name} {before}"] = []
         struck = True

@@ -52,7 +52,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 @needs_fork
-@pytest.mark.parametrize("before", ["nothing", "old", "interrupted"])
+@pytest.mark.parametrize("before", ["nothing", "old", "interrupted 2", "interrupted 3"])
 def test_killed_at_any_step_the_directory_holds_the_old_adapter_or_the_new_one(
     faults: dict[str, list[str]], before: str
 ) -> None:

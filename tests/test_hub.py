@@ -12,7 +12,7 @@ from huggingface_hub import errors as hub_errors
 from peftlite.checkpoint import hub
 from peftlite.checkpoint.card import Card, write_card
 from peftlite.checkpoint.hub import HubOptions, resolve
-from peftlite.checkpoint.keys import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peftlite.checkpoint.keys import CONFIG_NAME, RECORD_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peftlite.config import PeftConfig
 from peftlite.errors import AdapterFilesNotFoundError, CheckpointError, ConfigError, PeftliteWarning
 
@@ -190,6 +190,7 @@ def test_all_files_are_of_the_commit_of_the_first(monkeypatch: pytest.MonkeyPatc
         (CONFIG_NAME, "v1", "sub"),
         (SAFETENSORS_WEIGHTS_NAME, COMMIT, "sub"),
         (WEIGHTS_NAME, COMMIT, "sub"),
+        (RECORD_NAME, COMMIT, "sub"),
     ]
 
 

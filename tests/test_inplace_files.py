@@ -186,7 +186,7 @@ def test_pushing_uploads_the_adapter_and_its_card(llama: Any, monkeypatch: pytes
     llama.add_adapter(peftlite.LoraConfig(r=2))
     assert llama.push_to_hub("me/adapter", token="t") == "url"
     llama.save_pretrained(tmp_path / "named", push_to_hub=True, token="t")
-    expected = {CONFIG, WEIGHTS, "README.md"}
+    expected = {CONFIG, WEIGHTS, "peftlite.json", "README.md"}
     assert pushed == [("me/adapter", expected, "t"), ("named", expected | {"generation_config.json"}, "t")]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import peftlite
 from peftlite.checkpoint.adapters import load_adapter, save_adapter
-from peftlite.checkpoint.keys import CONFIG_NAME, PREFIX, SAFETENSORS_WEIGHTS_NAME
+from peftlite.checkpoint.keys import CONFIG_NAME, PREFIX, RECORD_NAME, SAFETENSORS_WEIGHTS_NAME
 from peftlite.checkpoint.state_dict import get_peft_model_state_dict
 from peftlite.errors import AdapterNameError, CheckpointError, ConfigError, NoAdapterError, PeftliteWarning
 from tests.models import tiny
@@ -86,7 +86,8 @@ def test_files_are_pefts(tmp_path: Path, model: str, fields: dict[str, Any], nam
     base = tiny(model)
     load_adapter(base, tmp_path / "theirs" / at, name)
     save_adapter(base, tmp_path / "ours")
-    assert files_in(tmp_path / "ours").keys() == files_in(tmp_path / "theirs").keys()
+    beside = {str(Path(at) / RECORD_NAME)}
+    assert files_in(tmp_path / "ours").keys() - beside == files_in(tmp_path / "theirs").keys()
     here, there = tmp_path / "ours" / at, tmp_path / "theirs" / at
     assert (here / SAFETENSORS_WEIGHTS_NAME).read_bytes() == (there / SAFETENSORS_WEIGHTS_NAME).read_bytes()
     assert _config(here) == _config(there)
@@ -216,10 +217,10 @@ def test_each_adapter_has_its_place(tmp_path: Path) -> None:
     base = ours()
     peftlite.inject(base, peftlite.LoraConfig(target_modules=["v_proj"]), "train")
     save_adapter(base, tmp_path / "all")
-    pair = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
-    assert sorted(files_in(tmp_path / "all")) == sorted(["README.md", *pair, *(f"train/{name}" for name in pair)])
+    three = [CONFIG_NAME, RECORD_NAME, SAFETENSORS_WEIGHTS_NAME]
+    assert sorted(files_in(tmp_path / "all")) == sorted(["README.md", *three, *(f"train/{name}" for name in three)])
     save_adapter(base, tmp_path / "one", selected_adapters=["train"])
-    assert sorted(files_in(tmp_path / "one")) == sorted(["README.md", *(f"train/{name}" for name in pair)])
+    assert sorted(files_in(tmp_path / "one")) == sorted(["README.md", *(f"train/{name}" for name in three)])
     with pytest.raises(AdapterNameError, match="nearest: `train`"):
         save_adapter(base, tmp_path / "typo", selected_adapters=["default", "trian"])
     save_adapter(base, tmp_path / "typo", is_main_process=False)
@@ -306,8 +307,32 @@ def test_the_vocabulary_is_looked_up_in_the_cache_and_never_asked_of_the_hub(
     (repo / "snapshots" / ("0" * 40) / "config.json").write_text('{"text_config": {"vocab_size": 48}}')
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     for name, size, saved in (("some/base", 48, False), ("some/base", 60, True), ("some/unknown", 60, False)):
-        base = tiny("llama")
-        base.resize_token_embeddings(size)
+        base = tiny("llama", vocab_size=size)
         base.name_or_path = name
         peftlite.inject(base, peftlite.LoraConfig(target_modules=["q_proj"]))
         assert ("lm_head.weight" in get_peft_model_state_dict(base)) is saved
+
+
+@pytest.mark.filterwarnings("ignore:The new embeddings will be initialized")
+@pytest.mark.parametrize("shape", ["in place", "wrapped"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_of_a_base_that_no_file_knows_the_model_remembers_its_vocabulary(tmp_path: Path, when: str, shape: str) -> None:
+    base = tiny("llama")
+    if when == "before":
+        base.resize_token_embeddings(60)
+    peftlite.inject(base, peftlite.LoraConfig(target_modules=["q_proj"]))
+    if when == "after":
+        base.resize_token_embeddings(60)
+    save_adapter(peftlite.wrap(base) if shape == "wrapped" else base, tmp_path)
+    again = tiny("llama")
+    with pytest.raises(CheckpointError, match=r"vocabulary of 60 tokens, and the model has 48"):
+        load_adapter(again, tmp_path)
+    again.resize_token_embeddings(60)
+    load_adapter(again, tmp_path)
+    assert torch.equal(again.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    base.resize_token_embeddings(48)
+    if when == "before":
+        assert "lm_head.weight" in get_peft_model_state_dict(base)  # it had 60 when it was given its adapter
+        peftlite.delete_adapter(base, "default")
+        peftlite.inject(base, peftlite.LoraConfig(target_modules=["q_proj"]))
+    assert "lm_head.weight" not in get_peft_model_state_dict(base)

@@ -153,7 +153,7 @@ def test_each_adapter_has_its_directory(tmp_path: Path) -> None:
     for model, place in (both.ours, "ours"), (both.theirs, "theirs"):
         model.save_pretrained(tmp_path / place)
     files = [sorted(str(f.relative_to(tmp_path / p)) for f in (tmp_path / p).rglob("*")) for p in ("ours", "theirs")]
-    assert files[0] == files[1]
+    assert files[0] == sorted([*files[1], "peftlite.json", "b/peftlite.json"])
     both.ours.save_pretrained(tmp_path / "b-only", selected_adapters=["b"])
     assert {f.name for f in (tmp_path / "b-only").iterdir()} == {"b", "README.md"}
 
@@ -270,6 +270,8 @@ def test_push_to_hub_uploads_all_adapters_and_a_card(monkeypatch: pytest.MonkeyP
         "adapter_model.safetensors",
         "b/adapter_config.json",
         "b/adapter_model.safetensors",
+        "b/peftlite.json",
+        "peftlite.json",
     ]
     assert "- mine\n" in pushed["card"]
     assert "- lora\n" in pushed["card"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from peftlite.checkpoint.former import as_now
 from peftlite.checkpoint.forms import AsOnLayers
 from peftlite.checkpoint.hub import resolve
 from peftlite.checkpoint.keys import shown, with_prefix, without_prefix
+from peftlite.checkpoint.record import Origin, Record, difference, read_record, record_for, record_of
 from peftlite.checkpoint.report import LoadReport, Strict
 from peftlite.checkpoint.spots import spots
 from peftlite.checkpoint.state_dict import Staged, adapter_tensors, apply, bare, check_unmerged, stage
@@ -29,10 +30,11 @@ from peftlite.config import HubOptions, PeftConfig, config_from_dict
 from peftlite.core.inject import commit, facts_of, plan
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import set_requires_grad, state_of
+from peftlite.core.plan import InjectionPlan
 from peftlite.core.transaction import atomic
 from peftlite.core.tree import base_model_of, find_state
 from peftlite.core.variant import Placement, tuner_for
-from peftlite.errors import CheckpointError
+from peftlite.errors import CheckpointError, TargetNotFoundError
 
 DEFAULT = "default"
 
@@ -86,7 +88,8 @@ def save_adapter(
     place = Path(save_directory)
     for name, (config, tensors) in files.items():
         directory = place if name == DEFAULT else place / name
-        write_adapter(directory, config.to_json(), tensors, metadata_of(model, name))
+        made_on = record_of(model, name).fields()
+        write_adapter(directory, config.to_json(), tensors, metadata_of(model, name), made_on)
     if files:
         write_card(place, card_of(model, next(iter(files.values()))[0]))
 
@@ -161,7 +164,8 @@ def load_adapter(
         chosen = config_from_dict(files.config) if config is None else config.copy()
         chosen.inference_mode = not is_trainable
         source = Renamed(files.tensors, key_mapping) if key_mapping else files.tensors
-        loader = Loader(model, adapter_name, chosen, source, f"The adapter in `{place}`", strict)
+        record = read_record(files.record, files.tensors.table)
+        loader = Loader(model, adapter_name, chosen, source, f"The adapter in `{place}`", strict, record)
         state = find_state(model)
         if state is not None and adapter_name in state.configs:
             report = loader.overwrite(is_trainable)
@@ -208,24 +212,49 @@ class Loader:
     """One load: a model, the name and config of the adapter, and its tensors."""
 
     def __init__(
-        self, model: nn.Module, name: str, config: PeftConfig, source: TensorSource, what: str, strict: Strict
+        self,
+        model: nn.Module,
+        name: str,
+        config: PeftConfig,
+        source: TensorSource,
+        what: str,
+        strict: Strict,
+        record: Record | None = None,
     ) -> None:
         self.model, self.base = model, base_model_of(model)
         self.name, self.what, self.strict = name, what, strict
         self.config, self.source = as_now(self.base, config, source, what, strict)
+        self.record = record if self.source is source else None  # else it is about layers of another make
 
     def add(self, trainable: bool, autocast: bool, device: torch.device | None) -> LoadReport:
         """Add the adapter with the file's tensors: everything is read and checked before the model is touched."""
-        planned = plan(self.model, self.config, self.name, unmatched="warn", autocast_adapter_dtype=autocast)
+        planned = self._plan(autocast)
         blueprint = Blueprint.of(planned, device)
-        report, staged = self._stage(blueprint.targets())
+        report, staged = self._stage(blueprint.targets(), self._origin(lambda: record_for(planned)))
         apply((target, tensor) for target, tensor in staged if not target.of_base)
         commit(planned, blueprint.built(), trainable)
         apply((target, tensor) for target, tensor in staged if target.of_base)
         return report
 
-    def _stage(self, targets: Targets) -> tuple[LoadReport, Staged]:
-        return stage(targets, self.source, self.name, self.what, strict=self.strict, stacklevel=6)
+    def _plan(self, autocast: bool) -> InjectionPlan:
+        try:
+            return plan(self.model, self.config, self.name, unmatched="warn", autocast_adapter_dtype=autocast)
+        except TargetNotFoundError as error:
+            here = self.record and difference(self.record, type(self.base).__name__, facts_of(self.base).vocab_size)
+            if not here:
+                raise
+            raise TargetNotFoundError(f"{error} Likely cause: {here}.") from None
+
+    def _origin(self, here: Callable[[], Record]) -> Origin | None:
+        return None if self.record is None else Origin(self.record, here())
+
+    def _stage(self, targets: Targets, origin: Origin | None) -> tuple[LoadReport, Staged]:
+        report, staged = stage(
+            targets, self.source, self.name, self.what, strict=self.strict, origin=origin, stacklevel=6
+        )
+        if origin is not None and report.fits:
+            origin.warn_of_tokens()
+        return report, staged
 
     def overwrite(self, trainable: bool) -> LoadReport:
         """Give the adapter of this name the file's tensors.
@@ -238,7 +267,7 @@ class Loader:
         self._check_same(own)
         targets = live_targets(self.model, self.name, own)
         self.source = AsOnLayers(self.source, targets, self.config)
-        report, staged = self._stage(targets)
+        report, staged = self._stage(targets, self._origin(lambda: record_of(self.model, self.name)))
         apply(staged)
         form = tuner_for(own).file_form
         if form is not None:

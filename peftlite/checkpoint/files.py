@@ -1,4 +1,6 @@
-"""An adapter's two files, `adapter_config.json` and `adapter_model.safetensors`: read with suspicion, written as one.
+"""An adapter's files, `adapter_config.json` and `adapter_model.safetensors`: read with suspicion, written as one.
+
+A third, `peftlite.json`, says what the adapter was made on; only peftlite writes it, and nobody has to have it.
 
 Reading checks everything that can be checked before memory is spent: the sizes of both files, the config's depth, the
 header's account of every byte. It runs no code, imports nothing that a file names, opens regular files only, and none
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from peftlite.checkpoint import commit
 from peftlite.checkpoint.hub import missing
-from peftlite.checkpoint.keys import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peftlite.checkpoint.keys import CONFIG_NAME, RECORD_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peftlite.checkpoint.tensorfile import MemoryTensors, SafetensorsFile, write_tensors
 from peftlite.errors import CheckpointError
 
@@ -43,6 +45,8 @@ class AdapterFiles:
     config: dict[str, Any]
     tensors: SafetensorsFile | MemoryTensors
     metadata: dict[str, str]
+    record: dict[str, Any]
+    """What the adapter was made on, as JSON has it; empty if the file is not there."""
 
     def __enter__(self) -> AdapterFiles:
         return self
@@ -65,22 +69,23 @@ def read_adapter(directory: str | os.PathLike[str], *, config: bool = True, allo
         CheckpointError: a file cannot be read, or not be trusted.
     """
     place = Path(directory)
-    files = _open(place, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    files = _open(place, (CONFIG_NAME, RECORD_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
     try:
         if config and CONFIG_NAME not in files:
             raise missing(place, CONFIG_NAME)
         found = _parse_config(files[CONFIG_NAME], str(place / CONFIG_NAME)) if CONFIG_NAME in files else {}
+        record = _parse_config(files[RECORD_NAME], str(place / RECORD_NAME)) if RECORD_NAME in files else {}
         if SAFETENSORS_WEIGHTS_NAME in files:
             tensors = SafetensorsFile(files[SAFETENSORS_WEIGHTS_NAME], str(place / SAFETENSORS_WEIGHTS_NAME))
             del files[SAFETENSORS_WEIGHTS_NAME]  # the source closes it
-            return AdapterFiles(place, found, tensors, tensors.metadata)
+            return AdapterFiles(place, found, tensors, tensors.metadata, record)
         if WEIGHTS_NAME not in files:
             raise missing(place, SAFETENSORS_WEIGHTS_NAME)
         if not allow_pickle:
             raise CheckpointError(
                 f"`{place}` has `{WEIGHTS_NAME}` only, and `allow_pickle` is False. Nothing was changed."
             )
-        return AdapterFiles(place, found, _read_pickle(files[WEIGHTS_NAME], str(place / WEIGHTS_NAME)), {})
+        return AdapterFiles(place, found, _read_pickle(files[WEIGHTS_NAME], str(place / WEIGHTS_NAME)), {}, record)
     finally:
         for file in files.values():
             file.close()
@@ -112,24 +117,31 @@ def write_adapter(
     config: str,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an adapter's two files: all of it or, if anything fails or the process is killed, nothing.
+    """Write an adapter's files: all of it or, if anything fails or the process is killed, nothing.
 
-    `config` is the text of the config file (`PeftConfig.to_json()`). Equal tensors and metadata give equal bytes.
+    `config` is the text of the config file (`PeftConfig.to_json()`), `record` what the adapter was made on. Equal
+    tensors and metadata give equal bytes.
     Tensors that share memory are written each for itself; ones that are not contiguous, on another device, or of a
     plain subclass are written by their values.
 
     Raises: CheckpointError if a tensor cannot be written, or the file system refuses.
     """
-    place = Path(directory)
+    place, tables = Path(directory), [0]
+
+    def write_weights(file: BinaryIO) -> None:
+        tables.append(write_tensors(file, tensors, metadata))
+
+    def write_record(file: BinaryIO) -> None:  # after the weights
+        file.write(json.dumps({**(record or {}), "tensors": tables[-1]}, indent=2, sort_keys=True).encode())
+
+    writers: dict[str, commit.Writer] = {SAFETENSORS_WEIGHTS_NAME: write_weights}
+    if record is not None:
+        writers[RECORD_NAME] = write_record
+    writers[CONFIG_NAME] = lambda file: _write(file, config.encode())
     try:
-        commit.replace_files(
-            place,
-            {
-                SAFETENSORS_WEIGHTS_NAME: lambda file: write_tensors(file, tensors, metadata),
-                CONFIG_NAME: lambda file: _write(file, config.encode()),
-            },
-        )
+        commit.replace_files(place, writers)
     except OSError as error:
         raise CheckpointError(
             f"The adapter could not be saved to `{place}`: {error.strerror or error}. What was there before is intact."

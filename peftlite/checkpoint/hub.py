@@ -8,18 +8,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from peftlite import config
 from peftlite.checkpoint.commit import PENDING
-from peftlite.checkpoint.keys import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, shown
+from peftlite.checkpoint.keys import CONFIG_NAME, RECORD_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, shown
 from peftlite.errors import AdapterFilesNotFoundError, CheckpointError, ConfigError, nearest
 
 CARD_NAME = "README.md"
-UPLOADED = (CARD_NAME, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, f"*/{CONFIG_NAME}", f"*/{SAFETENSORS_WEIGHTS_NAME}")
+FILES = (CONFIG_NAME, RECORD_NAME, SAFETENSORS_WEIGHTS_NAME)
+UPLOADED = (CARD_NAME, *FILES, *(f"*/{name}" for name in FILES))
 
 _REPO_ID = re.compile(r"(\w[\w.-]*/)?\w([\w.-]*\w)?", re.ASCII)
 _GONE = {
@@ -224,6 +225,8 @@ def _download(repo_id: str, options: config.HubOptions, subfolder: str, config_f
                 at = fetch(SAFETENSORS_WEIGHTS_NAME, revision)
             except EntryNotFoundError:
                 at = fetch(WEIGHTS_NAME, revision)
+            with suppress(EntryNotFoundError):  # only peftlite writes it
+                fetch(RECORD_NAME, _commit_of(at) or revision)
     return at.parent
 
 

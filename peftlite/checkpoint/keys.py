@@ -21,6 +21,7 @@ from itertools import islice, pairwise
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+RECORD_NAME = "peftlite.json"
 
 PREFIX = "base_model.model."
 MODULES_TO_SAVE = "modules_to_save"

@@ -55,6 +55,10 @@ class LoadReport:
     mismatched_keys: list[Misfit] = field(default_factory=list)
     wrong_kind_keys: list[Misfit] = field(default_factory=list)
     not_finite_keys: list[str] = field(default_factory=list)
+    other_layers: bool = False
+    """Whether the adapter was made on layers of other shapes, though its tensors may fit."""
+    made_on: str | None = None
+    """How the model that it was made on differs from this one, as far as its file says."""
     cause: str | None = None
     nearest: dict[str, str] = field(default_factory=dict)
 
@@ -63,8 +67,14 @@ class LoadReport:
         """Whether every tensor that is needed was there, and nothing else."""
         return not any(self._problems())
 
+    @property
+    def has_wrong_sizes(self) -> bool:
+        """Whether what is there has other shapes or kinds of dtype."""
+        return bool(self.mismatched_keys or self.wrong_kind_keys or self.other_layers)
+
     def _problems(self) -> tuple[Collection[object], ...]:
-        bad = (self.mismatched_keys, self.wrong_kind_keys, self.not_finite_keys)
+        other = ["layers"] if self.other_layers else []
+        bad = (self.mismatched_keys, self.wrong_kind_keys, self.not_finite_keys, other)
         return (self.missing_keys, self.unexpected_keys, *bad)
 
     def __str__(self) -> str:
@@ -76,8 +86,10 @@ class LoadReport:
             _listed(map(_misfit, self.mismatched_keys), len(self.mismatched_keys), "of another shape"),
             _listed(map(_misfit, self.wrong_kind_keys), len(self.wrong_kind_keys), "of another kind of dtype"),
             _listed(map(keys.shown, self.not_finite_keys), len(self.not_finite_keys), "not finite"),
+            "made on a model whose layers have other shapes or another number" if self.other_layers else "",
         ]
-        cause = f" Likely cause: {self.cause}." if self.cause else ""
+        causes = [text for text in (self.cause, self.made_on) if text]
+        cause = f" Likely cause: {'; '.join(causes)}." if causes else ""
         return f"adapter `{self.adapter_name}`: {'; '.join(part for part in parts if part)}.{cause}"
 
     def _with_nearest(self, key: str) -> str:
@@ -195,7 +207,7 @@ def settle(
         return
     shapes = len(report.mismatched_keys)
     tolerated = not strict or (other_shapes and sum(map(len, report._problems())) == shapes)
-    tolerated = tolerated or (strict == "shapes" and not report.mismatched_keys and not report.wrong_kind_keys)
+    tolerated = tolerated or (strict == "shapes" and not report.has_wrong_sizes)
     if not tolerated:
         raise CheckpointError(f"{what} does not fit: {report} Nothing was changed.")
     warnings.warn(f"{what} does not fit, and was loaded as far as it does: {report}", PeftliteWarning, stacklevel)

@@ -14,6 +14,7 @@ from peftlite.checkpoint import hub
 from peftlite.checkpoint.files import read_json
 from peftlite.checkpoint.forms import AsOnLayers, as_in_files
 from peftlite.checkpoint.keys import PREFIX, file_key, nearest_keys, shown, unwrapped, without_prefix
+from peftlite.checkpoint.record import Origin
 from peftlite.checkpoint.report import LoadReport, Strict, compare, settle
 from peftlite.checkpoint.spots import Spot, is_companion, spots
 from peftlite.checkpoint.targets import (
@@ -141,7 +142,8 @@ def saved_tables(base: nn.Module, name: str, config: Any, choice: bool | str) ->
             PeftliteWarning,
             stacklevel=4,
         )
-    return {id(spot.module) for spot in tables} if choice is True or resized(facts, config) else set()
+    changed = choice is True or resized(facts, state_of(base).vocab_size, config)
+    return {id(spot.module) for spot in tables} if changed else set()
 
 
 def _name_of(spot: Spot) -> str:
@@ -149,14 +151,26 @@ def _name_of(spot: Spot) -> str:
     return spot.path.removesuffix(f".{slot}").rpartition(".")[2]
 
 
-def resized(facts: ModelFacts, config: Any) -> bool:
-    """Whether the model has another vocabulary than its files say, as far as those are on this machine."""
-    if not facts.name_or_path or facts.vocab_size is None:
+def resized(facts: ModelFacts, vocab_size: int | None, config: Any) -> bool:
+    """Whether the model has another vocabulary than it began with, or had when it was given its first adapter, or than
+    its files say, as far as those are on this machine. The hub is never asked.
+    """
+    if facts.vocab_size is None:
         return False
+    return any(
+        size not in (None, facts.vocab_size)
+        for size in (facts.first_vocab_size, vocab_size, saved_vocab(facts, config))
+    )
+
+
+def saved_vocab(facts: ModelFacts, config: Any) -> int | None:
+    """The size of the vocabulary in the base model's own files; None if they are not on this machine."""
+    if not facts.name_or_path:
+        return None
     saved = read_json(hub.local_file(facts.name_or_path, "config.json", config.revision))
     text = saved.get("text_config")
     size = saved.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
-    return isinstance(size, int) and size != facts.vocab_size
+    return size if isinstance(size, int) else None
 
 
 def taken_from(state_dict: Mapping[str, Tensor], model: nn.Module, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -263,6 +277,7 @@ def stage(
     *,
     strict: Strict = True,
     other_shapes: bool = False,
+    origin: Origin | None = None,
     stacklevel: int = 4,
 ) -> tuple[LoadReport, Staged]:
     """Read what belongs into `targets`, after checking that all of it can be used; changes nothing.
@@ -273,9 +288,11 @@ def stage(
     """
     wanted = targets.wanted
     report = compare(wanted, source.infos, name, targets.slots, targets.ignored)
+    if origin is not None:
+        origin.add_to(report)
     if strict == "shapes" and other_shapes:
         strict = False
-    if strict is True or (strict and (report.mismatched_keys or report.wrong_kind_keys)):
+    if strict is True or (strict and report.has_wrong_sizes):
         settle(report, what, strict=strict, other_shapes=other_shapes, stacklevel=stacklevel)
     staged: Staged = []
     for key in report.loaded_keys:

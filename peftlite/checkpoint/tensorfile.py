@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, cast
@@ -84,6 +85,7 @@ class MemoryTensors:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
         self.infos = {key: TensorInfo(t.dtype, tuple(t.shape)) for key, t in tensors.items()}
+        self.table: int | None = None
 
     def read(self, key: str) -> Tensor:
         """One tensor, in memory of its own."""
@@ -113,7 +115,10 @@ class SafetensorsFile:
         if length > size - 8:
             raise self._error(f"its header claims {length} bytes, and the file has {size}")
         self._start = 8 + length
-        entries = self._parse(file.read(length))
+        raw = file.read(length)
+        self.table = zlib.crc32(raw)
+        """The checksum of the table of tensors."""
+        entries = self._parse(raw)
         self.metadata = self._checked_metadata(entries.pop(_METADATA, {}))
         self.infos = {key: self._info(key, entry) for key, entry in entries.items()}
         self._check_layout(size - self._start)
@@ -222,8 +227,10 @@ def _is_sizes(value: Any) -> bool:
 # ---- writing
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
     """Write `tensors` as a safetensors file. Equal tensors give equal bytes, whatever their order, strides or device.
+
+    Gives back the checksum of the table of tensors.
 
     Raises: CheckpointError for a tensor that has no values (on the meta device), or no place in the format.
     """
@@ -249,6 +256,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
     for key in order:
         for chunk in _chunks(plain.pop(key)):
             file.write(chunk)
+    return zlib.crc32(raw)
 
 
 def _plain(key: str, tensor: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class ModelFacts:
     embeddings: tuple[nn.Module, ...] = ()
     """The layers with one row per token: the table of inputs, and the output head."""
     vocab_size: int | None = None
+    first_vocab_size: int | None = None
+    """Before it was changed, if it was."""
     default_targets: Callable[[PeftConfig], None] | None = None
     """Fills in those fields of a config that name modules and are None, with what is usual for this type of model."""
     former: Callable[[Sequence[str]], list[Former]] | None = None
@@ -348,7 +350,7 @@ def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable
     state = find_state(base)
     first = state is None
     if state is None:
-        state = AdapterState()
+        state = AdapterState(facts_of(base).vocab_size)
         freeze(base)
     attached: dict[str, AdapterLayer] = {}
     for site, values in zip(planned.sites, built, strict=True):

@@ -31,7 +31,7 @@ class AdapterState:
     An adapter's parameters require gradients when its `trainable` flag is set *and* it is active; nothing else decides.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int | None = None) -> None:
         self.configs: dict[str, PeftConfig] = {}
         self.ids: dict[str, int] = {}
         self.active: tuple[str, ...] = ()
@@ -45,6 +45,8 @@ class AdapterState:
         """Slot -> the tensors of adapters that all layers share: the same container in every layer."""
         self.memory: dict[str, Any] = {}
         """Adapter -> what its method remembers of the training so far; not saved."""
+        self.vocab_size = vocab_size
+        """Of the base model, when it was given its first adapter."""
         self._next_id = 1
 
     def __getstate__(self) -> dict[str, Any]:

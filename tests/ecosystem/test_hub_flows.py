@@ -96,7 +96,7 @@ def test_push_and_load_by_id(hub: Hub, client: dict[str, str]) -> None:
     first = hub.repos["me/adapter"]
     assert first.private
     files = first.commits[first.refs["main"]]
-    names = {"adapter_config.json", "adapter_model.safetensors"}
+    names = {"adapter_config.json", "adapter_model.safetensors", "peftlite.json"}
     assert set(files) - {".gitattributes"} == {"README.md", *names, *(f"second/{name}" for name in names)}
     assert b"made-here" in files["README.md"]
 

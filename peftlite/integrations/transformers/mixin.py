@@ -6,6 +6,7 @@ What is changed in transformers, and why:
     PeftAdapterMixin.<ADDED>                                  the rest of the lifecycle
     PeftAdapterMixin._hf_peft_config_loaded, .peft_config     properties: true of a model however it got its adapters
     PreTrainedModel.save_pretrained, .push_to_hub             the files of `save_adapter` (see saving.py)
+    PreTrainedModel.resize_token_embeddings                   the original, which also notes the old size (see facts.py)
 
 A model that carries adapters of real `peft`, and a config of real `peft`, still go to transformers' own methods.
 """
@@ -19,8 +20,7 @@ from typing import Any
 
 from torch import nn
 
-import peftlite.integrations.transformers.facts
-import peftlite.tuners  # noqa: F401 - both make known what they have
+import peftlite.tuners  # noqa: F401 - makes known what it has
 from peftlite.checkpoint.adapters import save_adapter
 from peftlite.config import PeftConfig
 from peftlite.core import lifecycle, status
@@ -28,7 +28,7 @@ from peftlite.core.inject import inject
 from peftlite.core.transaction import atomic
 from peftlite.core.tree import find_state
 from peftlite.errors import ConfigError
-from peftlite.integrations.transformers import loading, routing, saving
+from peftlite.integrations.transformers import facts, loading, routing, saving
 from peftlite.integrations.transformers.owners import (
     CONFIGS,
     FLAG,
@@ -104,6 +104,7 @@ def patch(modeling_utils: ModuleType) -> None:
     if not isinstance(vars(mixin).get(FLAG), property):
         _patch_mixin(mixin)
     saving.patch(modeling_utils.PreTrainedModel)
+    facts.patch(modeling_utils.PreTrainedModel)
     routing.patch(modeling_utils)
 
 
