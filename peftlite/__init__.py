@@ -301,7 +301,7 @@ def __dir__() -> list[str]:
 
 
 def _load() -> None:
-    for module in ("peftlite.tuners", "peftlite.checkpoint.hub"):
+    for module in ("peftlite.tuners", "peftlite.checkpoint.files"):
         import_module(module)
 
 

@@ -27,6 +27,7 @@ from peftlite.errors import (
     clipped,
     nearest,
 )
+from peftlite.reading import open_regular, read_object
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose keys and values our files have
@@ -193,7 +194,7 @@ class PeftConfig:
         else:
             options = HubOptions(subfolder, revision, cache_dir, token, local_files_only, force_download)
             folder = _fetch(os.fspath(pretrained_model_name_or_path), options)
-        values = cls.from_json_file(folder / CONFIG_NAME)
+        values = _read(folder)
         config = config_from_dict({"peft_type": cls.kind, **values})
         if not isinstance(config, cls):
             wanted, found = f"{cls.__name__}.from_pretrained", f"{type(config).__name__}.from_pretrained"
@@ -205,18 +206,20 @@ class PeftConfig:
 
     @staticmethod
     def from_json_file(path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        """The values in a config file, unchecked."""
+        """The values in a config file, unchecked but for their size and depth.
+
+        Raises: AdapterFilesNotFoundError, CheckpointError.
+        """
         path = Path(path_json_file)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            with open_regular(path) as file:
+                return read_object(file, str(path))
         except (FileNotFoundError, NotADirectoryError) as error:
             text = f"There is no `{path.name}` in `{path.parent}`. Nothing was changed."
             raise AdapterFilesNotFoundError(text) from error
-        except ValueError as error:
-            raise CheckpointError(f"`{path}` is not readable as JSON: {error}. Nothing was changed.") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"`{path}` holds a {type(values).__name__}, not an object. Nothing was changed.")
-        return values
+        except OSError as error:
+            text = f"`{path}` cannot be read: {error.strerror or error}. Nothing was changed."
+            raise CheckpointError(text) from error
 
     @classmethod
     def from_peft_type(cls, peft_type: PeftType | str | None = None, **fields: Any) -> PeftConfig:
@@ -287,6 +290,11 @@ def register_fetch(fetch: Fetch) -> None:
     _hooks["fetch"] = fetch
 
 
+def register_reader(read: Callable[[Path], dict[str, Any]]) -> None:
+    """Says how the config in an adapter's directory is read, whatever state a save has left that in."""
+    _hooks["read"] = read
+
+
 def register_loader(load: Callable[[], object]) -> None:
     """Says how to import the rooms that register config classes and `fetch`; called when one is first missed."""
     _hooks["load"] = load
@@ -316,6 +324,13 @@ def config_class(peft_type: PeftType | str | None) -> type[PeftConfig]:
         )
         raise UnsupportedFeatureError(text)
     return _classes[kind]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    if "read" not in _hooks and "load" in _hooks:
+        _hooks["load"]()
+    read: Callable[[Path], dict[str, Any]] | None = _hooks.get("read")
+    return PeftConfig.from_json_file(folder / CONFIG_NAME) if read is None else read(folder)
 
 
 def _fetch(name: str, options: HubOptions) -> Path:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as save_bytes
 
+from peftlite import reading
 from peftlite.checkpoint import files, tensorfile
 from peftlite.checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from peftlite.errors import AdapterFilesNotFoundError, CheckpointError
@@ -220,7 +221,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         (b'{"a":' * 17 + b"1" + b"}" * 17, "deep"),
         (b"[" * 1_000_000, "deep"),
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "deep"),
-        (b'{"a": "' + b"x" * files.MAX_CONFIG + b'"}', "larger than"),
+        (b'{"a": "' + b"x" * reading.MAX_JSON + b'"}', "larger than"),
     ],
 )
 def test_a_config_that_is_none_is_refused(tmp_path: Path, config: bytes, words: str) -> None:

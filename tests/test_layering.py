@@ -17,7 +17,7 @@ import pytest
 PACKAGE = "peftlite"
 ROOMS = (
     ("errors",),
-    ("patterns",),
+    ("patterns", "reading"),
     ("checks",),
     ("config",),
     ("core",),

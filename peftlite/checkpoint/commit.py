@@ -17,13 +17,13 @@ import json
 import os
 import secrets
 import shutil
-import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from peftlite.errors import CheckpointError
+from peftlite.reading import open_regular, without_repeats
 
 try:
     import fcntl
@@ -199,7 +199,7 @@ def opened(directory: Path, names: Sequence[str], guard: Callable[[Path], Path])
         try:
             paths = {name: path for name in names if (path := _current(directory, name, manifest))}
             for name, path in paths.items():
-                files[name] = _open_regular(guard(path))
+                files[name] = open_regular(guard(path))
             # in this order: a save that ended before the second look shows in the files, others in the manifest
             kept = manifest == _manifest(directory) and all(_same(files[name], path) for name, path in paths.items())
             waiting = _waiting(directory, manifest)
@@ -235,9 +235,9 @@ def _manifest(directory: Path) -> dict[str, Any] | None:
     """What an interrupted (or running) save says of its files; None if there is none."""
     path = directory / PENDING / MANIFEST
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             raw = file.read(_MAX_MANIFEST)
-        found = json.loads(raw)
+        found = json.loads(raw, object_pairs_hook=without_repeats)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError):
@@ -285,21 +285,12 @@ def _stamp(path: Path) -> Stamp | None:
     """Size and checksum of a file; None if there is none."""
     size = checksum = 0
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             while block := file.read(_BLOCK):
                 size, checksum = size + len(block), zlib.crc32(block, checksum)
     except FileNotFoundError:
         return None
     return [size, checksum]
-
-
-def _open_regular(path: Path) -> BinaryIO:
-    """Open a file that is a file: a pipe or a device would block, or never end."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise CheckpointError(f"`{path}` is not a regular file. Nothing was changed.")
-    return cast(BinaryIO, open(handle, "rb", buffering=0))
 
 
 def _same(file: BinaryIO, path: Path) -> bool:

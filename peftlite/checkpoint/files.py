@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import zipfile
 from collections.abc import Mapping
@@ -29,12 +28,9 @@ from peftlite.checkpoint import commit
 from peftlite.checkpoint.hub import missing
 from peftlite.checkpoint.keys import CONFIG_NAME, RECORD_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peftlite.checkpoint.tensorfile import MemoryTensors, SafetensorsFile, write_tensors
+from peftlite.config import register_reader
 from peftlite.errors import CheckpointError
-
-MAX_CONFIG = 4 << 20
-"""Bytes of a config file."""
-MAX_DEPTH = 16
-"""Levels of lists and objects in a config file."""
+from peftlite.reading import read_object
 
 
 @dataclass
@@ -73,8 +69,8 @@ def read_adapter(directory: str | os.PathLike[str], *, config: bool = True, allo
     try:
         if config and CONFIG_NAME not in files:
             raise missing(place, CONFIG_NAME)
-        found = _parse_config(files[CONFIG_NAME], str(place / CONFIG_NAME)) if CONFIG_NAME in files else {}
-        record = _parse_config(files[RECORD_NAME], str(place / RECORD_NAME)) if RECORD_NAME in files else {}
+        found = read_object(files[CONFIG_NAME], str(place / CONFIG_NAME)) if CONFIG_NAME in files else {}
+        record = read_object(files[RECORD_NAME], str(place / RECORD_NAME)) if RECORD_NAME in files else {}
         if SAFETENSORS_WEIGHTS_NAME in files:
             tensors = SafetensorsFile(files[SAFETENSORS_WEIGHTS_NAME], str(place / SAFETENSORS_WEIGHTS_NAME))
             del files[SAFETENSORS_WEIGHTS_NAME]  # the source closes it
@@ -101,13 +97,16 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not files:
         raise missing(place, CONFIG_NAME)
     with files[CONFIG_NAME] as file:
-        return _parse_config(file, str(place / CONFIG_NAME))
+        return read_object(file, str(place / CONFIG_NAME))
+
+
+register_reader(read_config)
 
 
 def read_json(path: Path | None) -> dict[str, Any]:
     """What a config file of a base model says; empty if there is none that can be read."""
     try:
-        return {} if path is None else _parse_config(cast(BinaryIO, io.BytesIO(path.read_bytes())), str(path))
+        return {} if path is None else read_object(cast(BinaryIO, io.BytesIO(path.read_bytes())), str(path))
     except (OSError, CheckpointError):
         return {}
 
@@ -178,46 +177,6 @@ def _inside(path: Path, home: Path) -> Path:
         f"`{path}` is a link that leaves its directory, and is not followed: an adapter from elsewhere could name any "
         "of your files. If it is your own link, pass the directory that it points into. Nothing was changed."
     )
-
-
-def _parse_config(file: BinaryIO, name: str) -> dict[str, Any]:
-    raw = file.read(MAX_CONFIG + 1)
-    if len(raw) > MAX_CONFIG:
-        raise CheckpointError(f"`{name}` is larger than {MAX_CONFIG} bytes. Nothing was changed.")
-    try:
-        found = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
-        json.dumps(found, ensure_ascii=False).encode("utf-8")  # half a character, escaped, could never be shown
-        deep = _depth_exceeds(found, MAX_DEPTH)
-    except RecursionError:
-        deep = True
-    except ValueError as error:
-        raise CheckpointError(f"`{name}` is not a JSON file: {error}. Nothing was changed.") from None
-    if deep:
-        raise CheckpointError(f"`{name}` is nested more than {MAX_DEPTH} levels deep. Nothing was changed.")
-    if not isinstance(found, dict):
-        raise CheckpointError(f"`{name}` holds a {type(found).__name__}, not an object. Nothing was changed.")
-    return found
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"`{name}` is no number of JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else _refuse_constant(text[:20])
-
-
-def _depth_exceeds(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return bool(level)
 
 
 def _read_pickle(file: BinaryIO, name: str) -> MemoryTensors:

@@ -30,6 +30,8 @@ from peftlite.core.tree import base_model_of, find_state, is_bias
 from peftlite.core.variant import TunerSpec
 from peftlite.errors import CheckpointError, StateError
 
+_FREE = 1 << 24  # numbers that are made up for any model, however small
+
 
 class Target:
     """One place for a tensor: what fits there, and on which device."""
@@ -210,10 +212,11 @@ class Blueprint:
         """
         try:
             values = [dict(site.variant.init(site.host, planned.placement(site, True))) for site in planned.sites]
+            shared = planned.shared(torch.device("meta"))
         except (RuntimeError, OverflowError, TypeError) as error:
             reason = str(error).split("\n")[0]
             raise CheckpointError(f"The config asks for what cannot be made: {reason}. Nothing was changed.") from error
-        return cls(planned, values, [{} for _ in values], planned.shared(torch.device("meta")), device=device)
+        return cls(planned, values, [{} for _ in values], shared, device=device)
 
     def targets(self) -> Targets:
         """The places in it, and those in the base model, by the keys that they have once it is attached."""
@@ -252,7 +255,11 @@ class Blueprint:
         return _or_cpu(self.device or site.host.device)
 
     def built(self) -> list[Mapping[str, Any]]:
-        """What to attach: every tensor that was put there, and first values for the rest, if there is any."""
+        """What to attach: every tensor that was put there, and first values for the rest, if there is any.
+
+        Raises: CheckpointError if the rest is larger than the model that it is for.
+        """
+        self._check_rest()
         shared = self.filled_shared
         if shared.keys() != self.shared.keys():
             shared = {**self.planned.shared(self.place(self.planned.sites[0])), **shared}
@@ -260,6 +267,20 @@ class Blueprint:
             {**self._built(index), **(shared if site.tuner.shared else {})}
             for index, site in enumerate(self.planned.sites)
         ]
+
+    def _check_rest(self) -> None:
+        filled = sum(tensor.numel() for tensors in (*self.filled, self.filled_shared) for tensor in tensors.values())
+        wanted = sum(tensor.numel() for tensor in self.shared.values())
+        for site, values in zip(self.planned.sites, self.values, strict=True):
+            for slot in site.tuner.slots:
+                if slot.name in values:
+                    wanted += sum(tensor.numel() for _, _, tensor in slot.suffixes(values[slot.name]))
+        own = sum(parameter.numel() for parameter in self.planned.model.parameters())
+        if wanted - filled > own + _FREE:
+            raise CheckpointError(
+                f"The config asks for {wanted - filled} numbers that are not in the file, and the model itself has "
+                f"{own}. Nothing was changed."
+            )
 
     def _built(self, index: int) -> Mapping[str, Any]:
         site, values = self.planned.sites[index], self.values[index]

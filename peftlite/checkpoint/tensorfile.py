@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from peftlite.checkpoint.keys import shown
 from peftlite.errors import CheckpointError
+from peftlite.reading import without_repeats
 
 MAX_HEADER = 32 << 20
 """Bytes; 200,000 tensors with long names fit."""
@@ -131,7 +132,7 @@ class SafetensorsFile:
         if raw.count(b"[") + raw.count(b"{") > len(raw) // 12 + 16:
             raise self._error("its header is not a list of tensors")
         try:
-            entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
+            entries = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
             "".join(entries if isinstance(entries, dict) else "").encode("utf-8")  # half a character cannot be shown
         except RecursionError:
             raise self._error("its header is nested too deeply") from None
@@ -211,13 +212,6 @@ def _shaped(flat: Tensor, info: TensorInfo) -> Tensor:
     if sys.byteorder == "big":
         _swap_bytes(tensor)
     return tensor.reshape(info.shape)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return table
 
 
 def _is_sizes(value: Any) -> bool:

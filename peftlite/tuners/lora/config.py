@@ -244,7 +244,7 @@ class LoraConfig(PeftConfig):
 
     def _check_init(self, value: object) -> None:
         name = value.lower() if isinstance(value, str) else ""
-        if name in INITS or re.fullmatch(r"pissa_niter_\d+", name):
+        if name in INITS or re.fullmatch(r"pissa_niter_\d{1,3}", name, re.ASCII):
             self.init_lora_weights = name
             return
         choices = ", ".join(f"`{choice}`" for choice in ("True", "False", *INITS))

@@ -126,7 +126,7 @@ BEGINNINGS: dict[str, Beginning] = {
 
 def beginning(init: object) -> Beginning | None:
     """What `init_lora_weights` asks for, or None for the random beginnings."""
-    niter = re.fullmatch(r"pissa_niter_(\d+)", init) if isinstance(init, str) else None
+    niter = re.fullmatch(r"pissa_niter_(\d{1,3})", init) if isinstance(init, str) else None
     if niter is not None:
         return Beginning(by_weight(partial(weights.pissa, niter=int(niter[1]))), subtracted=True)
     return BEGINNINGS.get(init) if isinstance(init, str) else None
