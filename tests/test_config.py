@@ -353,7 +353,7 @@ def test_a_file_that_is_no_json_object(tmp_path: Path, text: str) -> None:
 def test_a_directory_without_a_file(tmp_path: Path) -> None:
     with pytest.raises(AdapterFilesNotFoundError, match=f"no `{CONFIG_NAME}`"):
         PeftConfig.from_pretrained(tmp_path)
-    with pytest.raises(OSError, match=f"no `{CONFIG_NAME}` in"):
+    with pytest.raises(OSError, match="no directory"):
         PeftConfig.from_pretrained(tmp_path, subfolder="nowhere")
 
 

@@ -103,7 +103,7 @@ def local_file(id_or_dir: str, name: str, revision: str | None = None) -> Path |
     if os.path.isdir(id_or_dir):
         path = Path(id_or_dir) / name
         return path if path.is_file() else None
-    if not is_repo_id(id_or_dir):
+    if not is_repo_id(id_or_dir) or _leaves(revision or ""):
         return None
     from huggingface_hub import try_to_load_from_cache
 
@@ -182,12 +182,18 @@ def _checked(subfolder: str | None) -> str:
 
     Raises: CheckpointError for one that is not inside.
     """
-    path = PurePosixPath((subfolder or "").replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or Path(subfolder or "").drive:
+    if _leaves(subfolder or ""):
         raise CheckpointError(
             f"`subfolder` is {shown(str(subfolder))}, which leaves the directory. Nothing was changed."
         )
+    path = PurePosixPath((subfolder or "").replace("\\", "/"))
     return "" if path == PurePosixPath() else str(path)
+
+
+def _leaves(name: str) -> bool:
+    """Whether a name, as a path, leads out of where it is looked up."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or bool(Path(name).drive)
 
 
 def is_repo_id(name: str | os.PathLike[str]) -> bool:
