@@ -43,8 +43,8 @@ def check_text(field: str, value: object) -> str | None:
 
 
 def check_int(field: str, value: object, least: int) -> int:
-    """An int of any integer type, not below `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or operator.index(value) < least:
+    """An int of any integer type, not below `least`, of at most 63 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= operator.index(value) < 2**63:
         raise wrong(field, value, f"an int of at least {least}")
     return operator.index(value)
 

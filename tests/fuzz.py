@@ -2,11 +2,11 @@
 
 Run by tests/laws/test_files.py for a short while; by hand for longer:
 
-    python -m tests.fuzz SECONDS [SEED]
+    python -m tests.fuzz SECONDS [SEED [INPUTS]]
 
 A good adapter's two files are spoilt: bytes, or the JSON of the config and of the tensors' header, at random places,
 with values that have given trouble before. Each input is loaded into a tiny model in both shapes. Inputs that break a
-promise are printed, so that they can be added to `tests/fuzz_cases.py`.
+promise are printed, so that they can be added to `BROKE` there.
 """
 
 from __future__ import annotations
@@ -229,8 +229,8 @@ if __name__ == "__main__":
     for make in CONFIGS:
         peftlite.inject(Tiny(), make())  # whatever is imported late
     limit_memory()
-    outcomes, broken = fuzz(float(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    print(json.dumps({"inputs": outcomes.total(), "outcomes": outcomes}))
+    outcomes, broken = fuzz(float(sys.argv[1]), *map(int, sys.argv[2:4]))
     for config, weights, error in broken[:50]:
         print("BROKEN", error[:300], config[:3000], weights[:600] if b"header" in error.encode() else "", sep="\n  ")
+    print(json.dumps({"inputs": outcomes.total(), "outcomes": outcomes}))
     sys.exit(bool(broken))

@@ -3,6 +3,10 @@
 usage: save_faults.py DIRECTORY         a save with a fault at its step k, for k = 0, 1, ... until it has no more steps;
                                         prints what is there after each
        save_faults.py DIRECTORY loop    saves again and again until stdin is closed
+       save_faults.py DIRECTORY random  kills 100 processes that save again and again, each at a random moment; prints
+                                        how many of them had left a save unfinished
+       save_faults.py - limits          saves that the system stops: a file too large for it, a directory that is
+                                        read-only; prints the errors
 """
 
 from __future__ import annotations
@@ -11,8 +15,11 @@ import contextlib
 import errno
 import json
 import os
+import random
+import resource
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,8 +184,70 @@ def loop(directory: Path) -> None:
                 return
 
 
+def kill_at_random(directory: Path) -> int:
+    """Kill savers, and read what they leave; how many saves were unfinished."""
+    rng, unfinished = random.Random(0), 0
+    write_old(directory)
+    for _ in range(100):
+        saver = os.fork()
+        if saver == 0:
+            while True:
+                write_new(directory)
+                write_old(directory)
+        for _ in range(rng.randrange(400)):  # time passes, and the saver saves
+            os.listdir(directory)
+        os.kill(saver, signal.SIGKILL)
+        os.waitpid(saver, 0)
+        unfinished += len(os.listdir(directory)) != 3
+        assert holds(directory) in {"old", "new"}
+    write_new(directory)
+    assert holds(directory) == "new"
+    assert len(os.listdir(directory)) == 3
+    return unfinished
+
+
+def too_large(directory: Path) -> None:
+    """Files may have 4096 bytes from now on."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+def read_only(directory: Path) -> None:
+    """Nobody can write into the directory from now on; root becomes somebody else for it."""
+    directory.chmod(0o555)
+    directory.parent.chmod(0o755)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+def stopped_by(directory: Path, limit: Callable[[Path], None]) -> str:
+    """The error of a save under a limit, in a fork; the old adapter is there afterwards."""
+    write_old(directory)
+    large = {"w": torch.ones(100, 100)}
+    told, tell = os.pipe()
+
+    def save() -> int:
+        limit(directory)
+        try:
+            write_adapter(directory, NEW, large, record={"of": "new"})
+        except CheckpointError as error:
+            os.write(tell, str(error).encode())
+        return 0
+
+    assert in_child(save) == 0
+    os.close(tell)
+    assert holds(directory) == "old"
+    assert len(os.listdir(directory)) == 3
+    return os.read(told, 5000).decode()
+
+
 if __name__ == "__main__":
     if sys.argv[2:] == ["loop"]:
         loop(Path(sys.argv[1]))
+    elif sys.argv[2:] == ["random"]:
+        print(kill_at_random(Path(sys.argv[1])))
+    elif sys.argv[2:] == ["limits"]:
+        with tempfile.TemporaryDirectory() as root:  # where others than root can go
+            print(json.dumps([stopped_by(Path(root) / f.__name__, f) for f in (too_large, read_only)]))
     else:
         print(json.dumps(strike_everywhere(Path(sys.argv[1]))))

@@ -29,7 +29,6 @@ from tests.models import batch, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT warns about is looked at where it matters
 
-BOTH = pytest.mark.parametrize("lib", [peft, peftlite], ids=["peft", "peftlite"])
 QV = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -145,19 +144,20 @@ def test_02_threads_get_each_others_adapters() -> None:
 
 
 # ---- 3
-@BOTH
-def test_03_an_exception_leaves_hooks_behind(lib: Any) -> None:
-    model = two(lib)
-    right = logits(model)
-    with pytest.raises(IndexError):
-        model(input_ids=torch.tensor([[1, 2], [3, 10_000]]), adapter_names=["a", "b"])
-    if lib is peftlite:
-        assert torch.equal(logits(model), right)
-        return
-    try:
-        assert not torch.allclose(logits(model), right)  # rows of the failed call go on
-    except (TypeError, ValueError, RuntimeError):
-        pass
+def test_03_an_exception_leaves_hooks_behind() -> None:
+    """PEFT: the rows of the failed call go on in the next one."""
+    off = {}
+    for lib in (peft, peftlite):
+        model = two(lib)
+        right = logits(model)
+        with pytest.raises(IndexError):
+            model(input_ids=torch.tensor([[1, 2], [3, 10_000]]), adapter_names=["a", "b"])
+        off[lib.__name__] = [
+            float((row - wanted).abs().max()) for row, wanted in zip(logits(model), right, strict=True)
+        ]
+    assert off["peft"][0] == 0
+    assert off["peft"][1] > 0.1
+    assert off["peftlite"] == [0, 0]
 
 
 # ---- 4
@@ -393,9 +393,9 @@ def test_16_a_dora_adapter_is_made_before_it_is_loaded(tmp_path: Path) -> None:
 # ---- 17
 def test_17_an_unknown_kind_is_a_bare_key_error(tmp_path: Path) -> None:
     (tmp_path / CONFIG_NAME).write_text(json.dumps({"peft_type": "LORRA"}))
-    with pytest.raises(KeyError, match="^'LORRA'$"):
+    with pytest.raises(KeyError, match=r"^'LORRA'$"):
         peft.PeftConfig.from_pretrained(str(tmp_path))
-    with pytest.raises(ConfigError, match="nearest: `LORA`.*This version has .*`LORA`"):
+    with pytest.raises(ConfigError, match=r"nearest: `LORA`.*This version has .*`LORA`"):
         peftlite.PeftConfig.from_pretrained(tmp_path)
 
 
@@ -410,9 +410,8 @@ def test_17_unknown_keys_are_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train", "type"])
 def test_17_names_of_modules_attributes_are_no_names_for_adapters(name: str) -> None:
-    with pytest.raises((KeyError, AttributeError, TypeError, ValueError)):
-        theirs = peft.get_peft_model(tiny("llama"), config(peft), adapter_name=name)
-        logits(theirs)
+    with pytest.raises(KeyError, match=f"attribute '{name}' already exists"):
+        peft.get_peft_model(tiny("llama"), config(peft), adapter_name=name)
     ours = peftlite.get_peft_model(tiny("llama"), config(peftlite), adapter_name=name)
     assert torch.equal(logits(ours), logits(tiny("llama")))
 
