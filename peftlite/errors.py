@@ -21,6 +21,8 @@ changed.
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -82,3 +84,11 @@ def nearest(value: str, choices: Iterable[str], n: int = 3) -> str:
 def clipped(text: str, most: int = 200) -> str:
     """A text of any length, from anywhere, fit for an error message."""
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def warn(text: str) -> None:
+    """A PeftliteWarning at the line that called peftlite, through whatever it went since."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "peftlite":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, PeftliteWarning, stacklevel=level)

@@ -249,9 +249,7 @@ class Loader:
         return None if self.record is None else Origin(self.record, here())
 
     def _stage(self, targets: Targets, origin: Origin | None) -> tuple[LoadReport, Staged]:
-        report, staged = stage(
-            targets, self.source, self.name, self.what, strict=self.strict, origin=origin, stacklevel=6
-        )
+        report, staged = stage(targets, self.source, self.name, self.what, strict=self.strict, origin=origin)
         if origin is not None and report.fits:
             origin.warn_of_tokens()
         return report, staged

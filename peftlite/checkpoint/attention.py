@@ -6,7 +6,6 @@ been meant twice, and `double_out_proj` makes that of them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from peftlite.core.hosts import AttentionHost
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import merged_adapters, state_of
 from peftlite.core.tree import named_layers
-from peftlite.errors import ConfigError, PeftliteWarning, StateError
+from peftlite.errors import ConfigError, StateError, warn
 
 MARK = {"peftlite.out_proj": "once"}
 
@@ -60,10 +59,8 @@ def warn_of_doubling(model: nn.Module, name: str, metadata: Mapping[str, str]) -
     paths = [path for path, _ in projections(model, name)]
     if paths and not MARK.items() <= metadata.items():
         listed = ", ".join(f"`{path}`" for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
-        warnings.warn(
+        warn(
             f"Adapter `{name}` is on layers of `nn.MultiheadAttention` ({listed}). If PEFT trained it, which "
             f"applies its `out_proj` twice, call `peftlite.double_out_proj(model, {name!r})` now, so that outputs are "
-            "the same here.",
-            PeftliteWarning,
-            stacklevel=3,
+            "the same here."
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from peftlite.core.inject import facts_of, host_at, innermost
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import InjectionPlan
 from peftlite.core.tree import base_model_of, layers
-from peftlite.errors import CheckpointError, PeftliteWarning
+from peftlite.errors import CheckpointError, warn
 
 VERSION = 1
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -131,11 +130,9 @@ class Origin:
         """Say that the adapter knew more tokens than the model has."""
         there, here = self.there.vocab_size, self.here.vocab_size
         if there is not None and here is not None and there > here:
-            warnings.warn(
+            warn(
                 f"The adapter was made with a vocabulary of {there} tokens, and the model has {here}. If the others "
-                f"are needed, call `model.resize_token_embeddings({there})`; their embeddings are not in the file.",
-                PeftliteWarning,
-                stacklevel=4,
+                f"are needed, call `model.resize_token_embeddings({there})`; their embeddings are not in the file."
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,7 +10,7 @@ import torch
 
 from peftlite.checkpoint import keys
 from peftlite.checkpoint.tensorfile import TensorInfo
-from peftlite.errors import CheckpointError, PeftliteWarning
+from peftlite.errors import CheckpointError, warn
 
 _LISTED = 3
 
@@ -194,9 +193,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def settle(
-    report: LoadReport, what: str, *, strict: Strict = True, other_shapes: bool = False, stacklevel: int = 3
-) -> None:
+def settle(report: LoadReport, what: str, *, strict: Strict = True, other_shapes: bool = False) -> None:
     """Raise if a report has problems, or warn where they were asked to be tolerated.
 
     `other_shapes` tolerates tensors of another shape even if `strict`.
@@ -210,4 +207,4 @@ def settle(
     tolerated = tolerated or (strict == "shapes" and not report.has_wrong_sizes)
     if not tolerated:
         raise CheckpointError(f"{what} does not fit: {report} Nothing was changed.")
-    warnings.warn(f"{what} does not fit, and was loaded as far as it does: {report}", PeftliteWarning, stacklevel)
+    warn(f"{what} does not fit, and was loaded as far as it does: {report}")

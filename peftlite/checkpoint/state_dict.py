@@ -278,7 +278,6 @@ def stage(
     strict: Strict = True,
     other_shapes: bool = False,
     origin: Origin | None = None,
-    stacklevel: int = 4,
 ) -> tuple[LoadReport, Staged]:
     """Read what belongs into `targets`, after checking that all of it can be used; changes nothing.
 
@@ -293,7 +292,7 @@ def stage(
     if strict == "shapes" and other_shapes:
         strict = False
     if strict is True or (strict and report.has_wrong_sizes):
-        settle(report, what, strict=strict, other_shapes=other_shapes, stacklevel=stacklevel)
+        settle(report, what, strict=strict, other_shapes=other_shapes)
     staged: Staged = []
     for key in report.loaded_keys:
         target = targets.places[key]
@@ -303,7 +302,7 @@ def stage(
         target.check(tensor)
         staged.append((target, tensor))
     if strict is not True or report.not_finite_keys:
-        settle(report, what, strict=strict, stacklevel=stacklevel)
+        settle(report, what, strict=strict)
     return report, staged
 
 

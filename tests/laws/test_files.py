@@ -207,6 +207,8 @@ BROKE: list[tuple[int, dict[str, Any]]] = [
     (5, {"r": 10**9}),
     (5, {"r": 10**9, "save_projection": False}),
     (5, {"r": 10**18}),  # an error of torch
+    (5, {"projection_prng_key": 2**64}),
+    (4, {"exclude_modules": "((ab?){99}){99}"}),
     (0, {"modules_to_save": "a" * 5000}),  # an error of several pages
     (3, {"a" * 5000: 1}),
     (0, {"target_modules": "(a+)+b"}),  # never came back

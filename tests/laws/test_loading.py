@@ -132,6 +132,7 @@ def test_strict_false_gives_the_report_as_a_warning_and_a_value(saved: Path, way
         report = load()
     told = str(refused.value).partition("does not fit: ")[2].removesuffix(" Nothing was changed.")
     assert str(caught[0].message).endswith(told)
+    assert caught[0].filename == __file__
     if way is not from_pretrained:  # which gives back the model
         assert str(report) == told
         assert report.missing_keys == [A]
