@@ -7,10 +7,11 @@ from functools import partial
 
 from torch import nn
 
+from peftlite.core.call import Programs
 from peftlite.core.state import AdapterState, bias_of
 from peftlite.core.transaction import on_failure
 from peftlite.core.tree import base_biases, layers, named_layers
-from peftlite.core.variant import Bank, Program
+from peftlite.core.variant import Bank
 from peftlite.errors import AdapterNameError
 
 _MAX_PLANS = 256  # sets of adapters for which every layer's program is kept
@@ -39,10 +40,11 @@ def sync(model: nn.Module, state: AdapterState, names: Iterable[str]) -> None:
 def rebind(model: nn.Module, state: AdapterState) -> None:
     """Bind every layer's program for what is active now; layers with an override of their own keep theirs."""
     on_failure(partial(unbind, model, state))
-    programs = plan_programs(model, state, state.active if state.enabled else ())
-    for layer, program in zip(layers(model), programs, strict=True):
+    names = state.active if state.enabled else ()
+    programs = plan_programs(model, state, names)
+    for layer in layers(model):
         if not layer.irregular:
-            layer.bind(program)
+            layer.bind(programs.get(layer.place) or layer.program(names))
 
 
 def unbind(model: nn.Module, state: AdapterState) -> None:
@@ -52,36 +54,26 @@ def unbind(model: nn.Module, state: AdapterState) -> None:
         layer.unbind()
 
 
-def plan_programs(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> tuple[Program, ...]:
-    """One program per layer for these adapters, in the order of `AdapterLayer.place`; kept until a layer changes."""
+def plan_programs(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> Programs:
+    """What each layer runs for these adapters; kept until a layer changes."""
     plan = state.plans.get(names)
     if plan is None:
-        number(model)
-        plan = tuple(layer.program(names) for layer in layers(model))
+        plan = {layer.place: layer.program(names) for layer in layers(model)}
         if len(state.plans) >= _MAX_PLANS:
             state.plans.clear()
         state.plans[names] = plan
     return plan
 
 
-def plan_banks(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> tuple[Bank | None, ...]:
+def plan_banks(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> dict[int, Bank | None]:
     """Per layer, what runs rows of these adapters together (see `Variant.bank`); kept until a layer changes."""
     banks = state.banks.get(names)
     if banks is None:
-        number(model)
-        banks = tuple(layer.bank(names) for layer in layers(model))
+        banks = {layer.place: layer.bank(names) for layer in layers(model)}
         if len(state.banks) >= _MAX_BANKS:
             state.banks.clear()
         state.banks[names] = banks
     return banks
-
-
-def number(model: nn.Module) -> None:
-    """Tell every layer which of a Call's programs is its own."""
-    for place, layer in enumerate(layers(model)):
-        if layer.place != place:
-            layer.__dict__["place"] = place
-            layer.state.forget_plans()
 
 
 def check_exclusive(model: nn.Module, names: Sequence[str]) -> None:

@@ -27,6 +27,8 @@ from peftlite.core.state import AdapterState
 from peftlite.core.variant import Program
 from peftlite.errors import StateError
 
+Programs = dict[int, Program]
+
 _MAX_LOG = 4096
 _MAX_DEPTH = 64  # backward passes inside one another that can be told apart
 _TLS_KEY = "peftlite.calls"  # torch copies this thread-local to the threads of a backward pass
@@ -43,19 +45,25 @@ _mirror = _Mirror()
 
 
 class Call:
-    """One program per layer of one model (see `AdapterLayer.place`), for the calls made inside a `with` block."""
+    """What the layers of one model run (see `AdapterLayer.place`), for the calls made inside a `with` block."""
 
-    def __init__(
-        self, state: AdapterState, names: Sequence[str], programs: Sequence[Program], outer: Call | None
-    ) -> None:
+    def __init__(self, state: AdapterState, names: Sequence[str], programs: Programs, outer: Call | None) -> None:
         self.state = state
         self.names = tuple(names)
-        self.programs = tuple(programs)
+        self.programs = programs
         self.outer = outer
+        self.version = state.version
 
     def run(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a layer's forward is under this Call."""
-        return self.programs[layer.place](*args, **kwargs)
+        if self.version is not self.state.version:
+            self.renew()
+        return program_of(layer, self.names, self.programs)(*args, **kwargs)
+
+    def renew(self) -> None:
+        """Forget what was derived from the model, which has changed since."""
+        self.programs = {}
+        self.version = self.state.version
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -72,6 +80,17 @@ class Call:
         while call is not None and call.state is not state:
             call = call.outer
         return call
+
+
+def program_of(layer: Any, names: Sequence[str], programs: Programs) -> Program:
+    """A layer's program for these adapters; made again if the model was changed after the block began.
+
+    Raises: AdapterNameError, StateError, if an adapter was deleted or merged meanwhile.
+    """
+    found = programs.get(layer.place)
+    if found is None:
+        found = programs[layer.place] = layer.program_in_call(names)
+    return found
 
 
 def current() -> Call | None:

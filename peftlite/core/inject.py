@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from peftlite.config import PeftConfig
-from peftlite.core.binding import activate, number, rebind, sync
+from peftlite.core.binding import activate, rebind, sync
 from peftlite.core.former import Former
 from peftlite.core.hosts import Host, LinearHost, ModuleHost, ParamHost, host_for, is_borrowed, known_kinds
 from peftlite.core.inputs import observe
@@ -365,7 +365,6 @@ def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable
         if name in container and not planned.saves_shared:
             container.leave_out(name)
     state.add(name, planned.config, trainable)
-    number(base)
     if first:
         activate(base, state, (name,))
     else:

@@ -32,7 +32,7 @@ class Observed(Call):
 
     def __init__(self, state: AdapterState, inputs: dict[str, Any], outer: Call | None) -> None:
         below = outer.of(state) if outer is not None else None
-        super().__init__(state, state.active if below is None and state.enabled else (), (), outer)
+        super().__init__(state, state.active if below is None and state.enabled else (), {}, outer)
         self.below = below
         if below is not None:
             self.names = below.names

@@ -22,7 +22,7 @@ from peftlite.core.slots import (
     parameters_in,
     replace_tensor,
 )
-from peftlite.core.state import AdapterState
+from peftlite.core.state import BASE, AdapterState
 from peftlite.core.tied import TiedLayer
 from peftlite.core.transaction import atomic, drop, keep, put
 from peftlite.core.variant import Bank, Program, TunerSpec, Variant
@@ -52,7 +52,7 @@ class AdapterLayer(TiedLayer):
             tuner=tuner,
             state=state,
             param=param,
-            place=-1,
+            place=state.new_place(),
             variants={},
             merged_adapters=[],
             shared_weight=False,
@@ -233,6 +233,34 @@ class AdapterLayer(TiedLayer):
         if not kinds:
             return partial(_base_alone, self)
         return next(iter(kinds.values())).bank(self, [View(self, name) if name in found else None for name in names])
+
+    def program_in_call(self, names: Sequence[str]) -> Program:
+        """The program for a call that chose these adapters before the model was changed.
+
+        Raises: as `check_in_call`.
+        """
+        self.check_in_call(names)
+        return self.program(names)
+
+    def bank_in_call(self, names: Sequence[str]) -> Bank | None:
+        """The bank for such a call.
+
+        Raises: as `check_in_call`.
+        """
+        self.check_in_call([name for name in names if name != BASE])
+        return self.bank(names)
+
+    def check_in_call(self, names: Sequence[str]) -> None:
+        """Refuse to go on with adapters that were chosen before the model was changed, if it cannot be right any more.
+
+        Raises: AdapterNameError, StateError, if one was deleted or any was merged.
+        """
+        self.state.checked(names)
+        if self.merged_adapters:
+            raise StateError(
+                f"`{self.merged_adapters[0]}` was merged into the base model's weights, which every call shares, while "
+                "this call had chosen its own adapters: leave that block first. Nothing was changed."
+            )
 
     def _near(self, call: Program, *args: Any, **kwargs: Any) -> Any:
         """`call`, with the weights of the base layer and the adapters here if they were elsewhere."""

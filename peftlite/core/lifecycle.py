@@ -12,8 +12,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from peftlite.core.binding import activate, check_exclusive, number, plan_banks, plan_programs, rebind, sync
-from peftlite.core.call import Call, current, using
+from peftlite.core.binding import activate, check_exclusive, plan_banks, plan_programs, rebind, sync
+from peftlite.core.call import Call, Programs, current, using
 from peftlite.core.inject import facts_of
 from peftlite.core.inputs import forget
 from peftlite.core.layer import AdapterLayer
@@ -27,7 +27,6 @@ from peftlite.core.ties import note_shared, untied, warn_of_untying
 from peftlite.core.transaction import atomic, on_failure, put, restoring
 from peftlite.core.tree import base_model_of, check_one_state, find_state, layer_places, layers, named_layers
 from peftlite.core.unpacking import unpack
-from peftlite.core.variant import Program
 from peftlite.errors import MergeError, NoAdapterError, PeftliteWarning, StateError
 
 
@@ -152,7 +151,7 @@ def use_adapter_per_row(model: nn.Module, adapter_names: Sequence[str | None] | 
     rows = check_rows(state, adapter_names)
     check_unmerged(model)
 
-    def plan(name: str) -> tuple[Program, ...]:
+    def plan(name: str) -> Programs:
         return plan_programs(model, state, () if name == BASE else (name,))
 
     return using(RowsCall(state, rows, plan_banks(model, state, grouped(rows)), plan, current()))
@@ -396,7 +395,6 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         detach(base)
         forget(base)
         return
-    number(base)
     if not state.active:
         following = next(iter(state.configs))
         warnings.warn(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftlite.core.call import Call
+from peftlite.core.call import Call, Programs, program_of
 from peftlite.core.state import BASE, AdapterState
 from peftlite.core.variant import Bank, Program
 from peftlite.errors import AdapterNameError, StateError
@@ -70,11 +70,11 @@ class RowsCall(Call):
         self,
         state: AdapterState,
         rows: Sequence[str],
-        banks: Sequence[Bank | None],
-        plan: Callable[[str], Sequence[Program]],
+        banks: dict[int, Bank | None],
+        plan: Callable[[str], Programs],
         outer: Call | None,
     ) -> None:
-        super().__init__(state, (), (), outer)
+        super().__init__(state, (), {}, outer)
         self.count = len(rows)
         self.banks = banks
         self.plan = plan
@@ -85,8 +85,8 @@ class RowsCall(Call):
         is_sorted = all(place[one] <= place[two] for one, two in pairwise(rows))
         self.perm = None if is_sorted else torch.argsort(self.group, stable=True)
         self.orders: dict[tuple[int, torch.device], Order] = {}
-        self.planned: dict[str, Sequence[Program]] = {}
-        if len(self.groups) == 1 or any(bank is None for bank in banks):
+        self.planned: dict[str, Programs] = {}
+        if len(self.groups) == 1 or any(bank is None for bank in banks.values()):
             self.planned = {name: plan(name) for name in self.groups}
 
     @property
@@ -104,11 +104,13 @@ class RowsCall(Call):
 
         Raises: StateError if the layer's input is not one entry (or k entries) per row.
         """
+        if self.version is not self.state.version:
+            self.renew()
         if len(self.groups) == 1:
-            return self.planned[self.groups[0]][layer.place](*args, **kwargs)
+            return self.program(layer, self.groups[0])(*args, **kwargs)
         x = self._by_row(layer, args)
         order = self.order(x.shape[0] // self.count, x.device)
-        bank = self.banks[layer.place]
+        bank = self.bank(layer)
         y = bank(x, order) if bank is not None and len(args) == 1 and not kwargs else None
         return self._group_by_group(layer, order, args, kwargs) if y is None else y
 
@@ -137,10 +139,24 @@ class RowsCall(Call):
     def _group_by_group(self, layer: Any, order: Order, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         outputs = []
         for name, part in zip(self.groups, split(order.sorted(args[0]), order.sizes), strict=True):
-            if name not in self.planned:
-                self.planned[name] = self.plan(name)
-            outputs.append(self.planned[name][layer.place](part, *args[1:], **kwargs))
+            outputs.append(self.program(layer, name)(part, *args[1:], **kwargs))
         return order.restored(torch.cat(outputs))
+
+    def renew(self) -> None:
+        self.banks, self.planned = {}, {name: {} for name in self.groups}
+        super().renew()
+
+    def bank(self, layer: Any) -> Bank | None:
+        """What runs the rows of a layer's input together, if anything does."""
+        if layer.place not in self.banks:
+            self.banks[layer.place] = layer.bank_in_call(self.groups)
+        return self.banks[layer.place]
+
+    def program(self, layer: Any, name: str) -> Program:
+        """What a layer runs for rows of one adapter."""
+        if name not in self.planned:
+            self.planned[name] = self.plan(name)
+        return program_of(layer, () if name == BASE else (name,), self.planned[name])
 
 
 def grouped(rows: Sequence[str]) -> tuple[str, ...]:

@@ -39,8 +39,14 @@ class AdapterState:
         self.enabled = True
         self.cast_inputs = True
         """Whether factors are given the layers' inputs in their own dtype, where that is another."""
-        self.plans: dict[tuple[str, ...], tuple[Any, ...]] = {}
-        self.banks: dict[tuple[str, ...], tuple[Any, ...]] = {}
+        self.plans: dict[tuple[str, ...], dict[int, Any]] = {}
+        """For a set of adapters, what each layer runs, by its place."""
+        self.banks: dict[tuple[str, ...], dict[int, Any]] = {}
+        """What runs rows of several adapters together, likewise."""
+        self.version = object()
+        """Another one whenever something was changed that plans follow from."""
+        self.places = 0
+        """How many layers there ever were; each has a place of its own."""
         self.shared: dict[str, BufferSlot] = {}
         """Slot -> the tensors of adapters that all layers share: the same container in every layer."""
         self.memory: dict[str, Any] = {}
@@ -51,11 +57,6 @@ class AdapterState:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plans": {}, "banks": {}}
-
-    def forget_plans(self) -> None:
-        """Drop what was derived from layers that have changed."""
-        self.plans.clear()
-        self.banks.clear()
 
     # ---- adapters
     def add(self, name: str, config: PeftConfig, trainable: bool) -> None:
@@ -89,6 +90,17 @@ class AdapterState:
                     f"There is no adapter `{name}`; nearest: {nearest(str(name), self.configs)}. Nothing was changed."
                 )
         return wanted
+
+    def new_place(self) -> int:
+        """A place that no layer of this model ever had."""
+        self.places += 1
+        return self.places
+
+    def forget_plans(self) -> None:
+        """Have all that was derived made again, also by calls that are under way."""
+        self.plans.clear()
+        self.banks.clear()
+        self.version = object()
 
     # ---- requires_grad
     def wants_grad(self, name: str, active: Iterable[str] | None = None) -> bool:
