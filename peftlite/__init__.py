@@ -21,7 +21,15 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from peftlite.base_tuner import AdaLoraModel, IA3Model, LoHaModel, LoKrModel, LoraModel, VeraModel
+    from peftlite.base_tuner import (
+        AdaLoraModel,
+        IA3Model,
+        LoHaModel,
+        LoKrModel,
+        LoraModel,
+        TrainableTokensModel,
+        VeraModel,
+    )
     from peftlite.checkpoint.adapters import load_adapter, save_adapter
     from peftlite.checkpoint.attention import double_out_proj
     from peftlite.checkpoint.report import LoadReport
@@ -98,6 +106,7 @@ if TYPE_CHECKING:
         LoraGAConfig,
         LoraRuntimeConfig,
     )
+    from peftlite.tuners.trainable_tokens import TrainableTokensConfig
     from peftlite.tuners.vera import VeraConfig
 
 __version__ = "0.1.0"
@@ -138,6 +147,8 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "TaskType",
+    "TrainableTokensConfig",
+    "TrainableTokensModel",
     "TunerLayerStatus",
     "TunerModelStatus",
     "VeraConfig",
@@ -207,7 +218,15 @@ _HOMES = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
-    "peftlite.base_tuner": ("AdaLoraModel", "IA3Model", "LoHaModel", "LoKrModel", "LoraModel", "VeraModel"),
+    "peftlite.base_tuner": (
+        "AdaLoraModel",
+        "IA3Model",
+        "LoHaModel",
+        "LoKrModel",
+        "LoraModel",
+        "TrainableTokensModel",
+        "VeraModel",
+    ),
     "peftlite.checkpoint.adapters": ("load_adapter", "save_adapter"),
     "peftlite.checkpoint.attention": ("double_out_proj",),
     "peftlite.checkpoint.report": ("LoadReport",),
@@ -284,6 +303,7 @@ _HOMES = {
         "LoraGAConfig",
         "LoraRuntimeConfig",
     ),
+    "peftlite.tuners.trainable_tokens": ("TrainableTokensConfig",),
     "peftlite.tuners.vera": ("VeraConfig",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -275,6 +275,13 @@ class AdaLoraModel(BaseTuner):
         update_and_allocate(self, global_step)
 
 
+class TrainableTokensModel(BaseTuner):
+    """A model with a few rows of its embeddings training."""
+
+    kind = PeftType.TRAINABLE_TOKENS
+    prefix = "trainable_tokens_"
+
+
 class VeraModel(BaseTuner):
     """A model with VeRA adapters (https://arxiv.org/abs/2310.11454)."""
 
@@ -283,7 +290,7 @@ class VeraModel(BaseTuner):
 
 
 TUNER_MODELS: dict[PeftType, type[BaseTuner]] = {
-    cls.kind: cls for cls in (LoraModel, AdaLoraModel, IA3Model, LoHaModel, LoKrModel, VeraModel)
+    cls.kind: cls for cls in (LoraModel, AdaLoraModel, IA3Model, LoHaModel, LoKrModel, TrainableTokensModel, VeraModel)
 }
 
 

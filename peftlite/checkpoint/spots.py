@@ -47,15 +47,15 @@ def spots(base: nn.Module, name: str, planned: InjectionPlan | None = None) -> I
         seen.add(id(spot.module))
         for site in coming.get(id(spot.module), ()):
             yield dataclasses.replace(spot, site=site)
-            path = joined_path(spot.path, site.tuner.base_slot)
-            spot = dataclasses.replace(spot, path=path, adapted=not is_companion(site.tuner))
+            path = joined_path(spot.path, base_in_files(site.tuner))
+            spot = dataclasses.replace(spot, path=path, adapted=adapts(site.tuner))
         module = spot.module
         if isinstance(module, AdapterLayer):
             holds = name in module.variants or id(module) in joined
             if holds:
                 yield spot
-            path = joined_path(spot.path, module.tuner.base_slot) if holds else spot.path
-            adapted = holds and not is_companion(module.tuner)
+            path = joined_path(spot.path, base_in_files(module.tuner)) if holds else spot.path
+            adapted = holds and adapts(module.tuner)
             stack.append(Spot(path, module.wrapped, None, module, adapted or spot.adapted))
             continue
         yield spot
@@ -72,4 +72,14 @@ def joined_path(path: str, name: str) -> str:
 
 def is_companion(tuner: TunerSpec) -> bool:
     """Whether a tuner's layers hold whole modules rather than adapters."""
-    return any(companion.tuner is tuner for companion in COMPANIONS)
+    return any(companion.tuner is tuner and companion.whole for companion in COMPANIONS)
+
+
+def adapts(tuner: TunerSpec) -> bool:
+    """Whether a tuner's adapters change what their layers compute as a whole."""
+    return not is_companion(tuner) and not tuner.few_rows
+
+
+def base_in_files(tuner: TunerSpec) -> str:
+    """What files call the place of the base layer."""
+    return tuner.base_file or tuner.base_slot

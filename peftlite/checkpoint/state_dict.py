@@ -16,7 +16,7 @@ from peftlite.checkpoint.forms import AsOnLayers, as_in_files
 from peftlite.checkpoint.keys import PREFIX, file_key, nearest_keys, shown, unwrapped, without_prefix
 from peftlite.checkpoint.record import Origin
 from peftlite.checkpoint.report import LoadReport, Strict, compare, settle
-from peftlite.checkpoint.spots import Spot, is_companion, spots
+from peftlite.checkpoint.spots import Spot, base_in_files, is_companion, spots
 from peftlite.checkpoint.targets import (
     BaseTarget,
     LayerTarget,
@@ -147,7 +147,7 @@ def saved_tables(base: nn.Module, name: str, config: Any, choice: bool | str) ->
 
 
 def _name_of(spot: Spot) -> str:
-    slot = spot.around.tuner.base_slot if spot.around is not None else ""
+    slot = base_in_files(spot.around.tuner) if spot.around is not None else ""
     return spot.path.removesuffix(f".{slot}").rpartition(".")[2]
 
 

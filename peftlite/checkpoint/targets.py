@@ -163,12 +163,14 @@ def live_targets(model: nn.Module, name: str, config: Any) -> Targets:
     for spot in spots(base, name):
         layer = spot.module
         if isinstance(layer, AdapterLayer):
+            found.slots.update(slot.name for slot in layer.tuner.slots)
+            if name in layer.leaders and not layer.tuner.followers_in_files:
+                continue
             rank = layer.__dict__["r"].get(name) if "r" in layer.tuner.numbers else None
             for suffix, tensor in layer.tensors(name).items():
                 wanted = _wanted(tensor, rank, _rows(layer.get_base_layer(), facts))
                 found.places[file_key(spot.path, suffix)] = LayerTarget(layer, name, suffix, tensor, wanted)
                 found.ignored.update(_second_copies(spot.path, suffix, layer.tuner))
-            found.slots.update(slot.name for slot in layer.tuner.slots)
         else:
             found.places.update(base_targets(spot, config, facts))
     return found
@@ -240,6 +242,9 @@ class Blueprint:
 
     def _add(self, found: Targets, path: str, index: int, rows: int | None) -> None:
         site = self.planned.sites[index]
+        found.slots.update(slot.name for slot in site.tuner.slots)
+        if site.leader is not None and not site.tuner.followers_in_files:
+            return
         for slot in site.tuner.slots:
             if slot.name not in self.values[index]:
                 continue
@@ -248,7 +253,6 @@ class Blueprint:
                 target = SiteTarget(self.filled[index], suffix, wanted, self.place(site))
                 found.places[file_key(path, suffix)] = target
                 found.ignored.update(_second_copies(path, suffix, site.tuner))
-        found.slots.update(slot.name for slot in site.tuner.slots)
 
     def place(self, site: Site) -> torch.device:
         """The device that a site's tensors go to."""

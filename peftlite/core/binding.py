@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import combinations
 
 from torch import nn
 
 from peftlite.core.call import Programs
+from peftlite.core.slots import View
 from peftlite.core.state import AdapterState, bias_of
 from peftlite.core.transaction import on_failure
 from peftlite.core.tree import base_biases, layers, named_layers
@@ -77,7 +79,7 @@ def plan_banks(model: nn.Module, state: AdapterState, names: tuple[str, ...]) ->
 
 
 def check_exclusive(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse adapters that cannot be active together because each stands in for the same module.
+    """Refuse adapters that cannot be active together because they are about the same thing.
 
     Raises: AdapterNameError.
     """
@@ -85,8 +87,10 @@ def check_exclusive(model: nn.Module, names: Sequence[str]) -> None:
         return
     for path, layer in named_layers(model):
         rivals = [n for n in names if n in layer.variants and layer.variants[n].exclusive]
-        if len(rivals) > 1:
-            raise AdapterNameError(
-                f"Adapters {' and '.join(f'`{n}`' for n in rivals)} cannot be active together: each has a module "
-                f"of its own for `{path}`. Nothing was changed."
-            )
+        for one, other in combinations(rivals, 2):
+            reason = layer.variants[one].clash(View(layer, one), View(layer, other))
+            if reason is not None:
+                raise AdapterNameError(
+                    f"Adapters `{one}` and `{other}` cannot be active together: {reason} for `{path}`. Nothing was "
+                    "changed."
+                )

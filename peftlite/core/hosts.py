@@ -224,9 +224,15 @@ class EmbeddingHost(Host):
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         table: Any = self.layer
-        return F.embedding(
+        found = F.embedding(
             x, weight.T, table.padding_idx, table.max_norm, table.norm_type, table.scale_grad_by_freq, table.sparse
         )
+        return self.scaled(found)
+
+    def scaled(self, found: Tensor) -> Tensor:
+        """Rows of the table as the layer hands them out: some multiply them (Gemma 3)."""
+        scale: Any = getattr(self.layer, "embed_scale", None)
+        return found if scale is None else found * (scale.to(found.dtype) if isinstance(scale, Tensor) else scale)
 
 
 class ConvHost(Host):

@@ -32,7 +32,7 @@ from peftlite.core.targets import (
 from peftlite.core.ties import tied_sites
 from peftlite.core.transaction import atomic, put
 from peftlite.core.tree import Place, base_model_of, check_one_state, find_state, places
-from peftlite.core.variant import COMPANIONS, TunerSpec, tuner_for
+from peftlite.core.variant import COMPANIONS, INPUTS, Companion, TunerSpec, tuner_for
 from peftlite.errors import ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError, clipped
 
 C = TypeVar("C", bound=PeftConfig)
@@ -47,6 +47,8 @@ class ModelFacts:
     output_head: nn.Module | None = None
     embeddings: tuple[nn.Module, ...] = ()
     """The layers with one row per token: the table of inputs, and the output head."""
+    input_table: nn.Module | None = None
+    """The table of inputs, without adapters."""
     vocab_size: int | None = None
     first_vocab_size: int | None = None
     """Before it was changed, if it was."""
@@ -100,7 +102,9 @@ def plan(
     found = Found.of(base)
     selection = choose(base, config, found, facts)
     parameters = choose_parameters(config, found)
+    companions = [(one, choose_companion(one, config, found, facts, selection)) for one in COMPANIONS]
     missing = joint_unmatched(selection, parameters, heads_of(config))
+    missing += tuple(entry for _, chosen in companions for entry in chosen.unmatched)
     complain(replace(selection, unmatched=missing), unmatched, type(base).__name__, stacklevel=3)
     if not selection.targets and not parameters.targets:
         raise TargetNotFoundError(
@@ -110,10 +114,10 @@ def plan(
         )
     wanted = [(path, None) for path in selection.targets] + [found.split(path) for path in parameters.targets]
     sites = make_sites(found, with_inner(found, wanted), tuner, config)
-    for companion in COMPANIONS:
-        sites += make_sites(found, [(path, None) for path in selection.saved], companion.tuner, config)
-    if config.to_dict().get("ensure_weight_tying"):
-        sites = tied_sites(sites, config, found.sharers, partial(make_module_sites, found, config))
+    for companion, chosen in companions:
+        sites += make_sites(found, [(path, None) for path in chosen.targets], companion.tuner, config)
+    check_once(sites)
+    sites = tied_sites(sites, config, found.sharers, partial(make_module_sites, found, config))
     complete(config, tuner, sites, selection, list(found.places))
     return InjectionPlan(base, config, adapter_name, tuple(sites), autocast_adapter_dtype)
 
@@ -225,6 +229,44 @@ def heads_of(config: PeftConfig) -> set[str]:
 def is_linear(module: nn.Module) -> bool:
     """Whether "all-linear" means this module."""
     return isinstance(module.host if isinstance(module, AdapterLayer) else host_for(module), LinearHost)
+
+
+def choose_companion(
+    companion: Companion, config: PeftConfig, found: Found, facts: ModelFacts, selection: Selection
+) -> Selection:
+    """Which modules a companion's field means.
+
+    Raises: ConfigError if it means the table of inputs, and the model has none that is known.
+    """
+    if companion.whole:
+        return Selection(selection.saved, (), ())
+    names = tuple(companion.targets(config))
+    if not names:
+        return Selection((), (), ())
+    chosen = select(found.places, TargetSpec(target_modules=tuple(name for name in names if name != INPUTS)))
+    tables = [path for path in found.places if innermost(found.at(path).module) is facts.input_table]
+    if INPUTS in names and not tables:
+        raise ConfigError(
+            f"`{companion.field}` does not name an embedding, and the one for the inputs of a model like this is not "
+            f'known: name it, as in `{companion.field}={{"embed_tokens": [...]}}`. Nothing was changed.'
+        )
+    unmatched = tuple(replace(entry, field=companion.field) for entry in chosen.unmatched)
+    return Selection((*(tables[:1] if INPUTS in names else ()), *chosen.targets), (), unmatched)
+
+
+def check_once(sites: Sequence[Site]) -> None:
+    """Refuse a module that several fields of a config name.
+
+    Raises: ConfigError.
+    """
+    owners: dict[str, Site] = {}
+    for site in sites:
+        other = owners.setdefault(site.path, site)
+        if other.tuner is not site.tuner:
+            raise ConfigError(
+                f"`{site.path}` would get a {other.tuner.peft_type} and a {site.tuner.peft_type} adapter; a module can "
+                "have one: name it in one field of the config only. Nothing was changed."
+            )
 
 
 def choose_parameters(config: Any, found: Found) -> Selection:

@@ -117,7 +117,10 @@ class AdapterLayer(TiedLayer):
             if key not in self._modules:
                 self.__dict__[key][name] = value
                 continue
-            self.container(key)[name] = value
+            container = self.container(key)
+            container[name] = value
+            if isinstance(container, BufferSlot) and any(slot.derived for slot in self.tuner.slots if slot.name == key):
+                container.leave_out(name)
             if isinstance(value, nn.Module):
                 value.train(self.training)
         for parameter in self.parameters_of(name):

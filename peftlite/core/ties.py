@@ -26,13 +26,17 @@ def tied_sites(
 ) -> list[Site]:
     """`sites`, and one for every other module that shares a weight with one of them; all of a weight are one adapter.
 
+    Without `ensure_weight_tying`, that holds for rows of tables alone (`few_rows`).
+
     sharers: the paths of all modules that have a host's weight; make: the sites for paths.
 
     Raises: ConfigError where one adapter cannot be on all of them.
     """
     result = {site.path: site for site in sites}
-    found = False
+    found, everything = False, bool(config.to_dict().get("ensure_weight_tying"))
     for site in sites:
+        if not everything and not (site.tuner.few_rows and isinstance(site.host, EmbeddingHost)):
+            continue
         paths = [] if site.param is not None else sharers(site.host)
         if len(paths) < 2 or result[site.path].leader is not None:
             continue
@@ -45,7 +49,7 @@ def tied_sites(
             if member is not leader:
                 check_follows(member, leader, config)
                 result[member.path] = replace(member, leader=leader.path, parameters=0)
-    if not found:
+    if everything and not found:
         warnings.warn(
             "`ensure_weight_tying` is `True`, and no module that the config names shares its weight with another: it "
             "has no effect.",
@@ -62,11 +66,12 @@ def check_follows(site: Site, leader: Site, config: PeftConfig) -> None:
     """
     reason: str | None = f"one gets a {leader.tuner.peft_type} adapter and the other a {site.tuner.peft_type} one"
     if site.tuner is leader.tuner:
-        reason = site.variant.why_not_follow(site.host, leader.host, config)
+        reason = site.variant.why_not_follow(site.host, leader.host, config, (site.path, leader.path))
     if reason is not None:
         raise ConfigError(
-            f"`ensure_weight_tying` is `True`, and `{leader.path}` and `{site.path}`, which share their weight, cannot "
-            f"have one adapter: {reason}. Nothing was changed."
+            f"`{leader.path}` and `{site.path}` share their weight and cannot have one adapter, which "
+            f"`{'trainable_token_indices' if leader.tuner.few_rows else 'ensure_weight_tying'}` asks for: {reason}. "
+            "Nothing was changed."
         )
 
 

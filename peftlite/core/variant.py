@@ -43,7 +43,7 @@ class Variant:
     mergeable = True
     """Whether `merge` exists; an adapter that replaces its module is taken over by `unload` instead."""
     exclusive = False
-    """Whether at most one active adapter of a layer may be of this kind."""
+    """Whether two adapters of this kind on one layer may be unable to be active together (see `clash`)."""
     observes: frozenset[str] | None = None
     """Arguments of the whole model's calls that are this variant's own, of one that looks at these calls (`inputs`)."""
     frozen: frozenset[str] = frozenset()
@@ -69,8 +69,15 @@ class Variant:
         """The adapted weight and bias; pure and differentiable. `dense` holds the rows asked for."""
         raise NotImplementedError(type(self).__name__)
 
-    def why_not_follow(self, host: Host, leader: Host, config: Any) -> str | None:
-        """Why an adapter on `leader` cannot be one on `host` too, which shares its weight, or None if it can."""
+    def clash(self, a: View, b: View) -> str | None:
+        """Why two adapters of an `exclusive` kind on one layer cannot be active together, or None if they can."""
+        return "each has a module of its own"
+
+    def why_not_follow(self, host: Host, leader: Host, config: Any, paths: tuple[str, str]) -> str | None:
+        """Why an adapter on `leader` cannot be one on `host` too, which shares its weight, or None if it can.
+
+        paths: those of the follower and of the leader.
+        """
         return "its method does not say how"
 
     def follow(self, host: Host, leader: View) -> dict[str, Any]:
@@ -161,8 +168,15 @@ class TunerSpec:
     label: Callable[[Host], str]
     numbers: tuple[str, ...] = ()
     base_slot: str = "base_layer"
+    base_file: str | None = None
+    """What files call the base layer's place, where that is not `base_slot`."""
     any_module: bool = False
     """Whether it can be put around modules of kinds that no host knows."""
+    few_rows: bool = False
+    """Whether it is about a few rows of a table: then all modules that share the table see them, and files have no more
+    of the table than these."""
+    followers_in_files: bool = True
+    """Whether files have the tensors again for every layer that follows another."""
     resolve: Callable[[Any, Sequence[tuple[str, Host]]], None] | None = None
     """Completes the model's own copy of a config from the layers that it turned out to adapt."""
     shared: Shared | None = None
@@ -184,10 +198,14 @@ class Companion:
     tuner: TunerSpec
     field: str
     targets: Callable[[Any], Sequence[str]]
-    optional: Callable[[Any], Sequence[str]]
+    """The names; `INPUTS` stands for the model's table of inputs."""
+    optional: Callable[[Any], Sequence[str]] = lambda config: ()
     """Names that are taken where they exist and are no error where they do not, such as the head of a task."""
+    whole: bool = True
+    """Whether it replaces modules, so that nothing below them gets an adapter."""
 
 
+INPUTS = ""
 TUNERS: dict[str, TunerSpec] = {}
 COMPANIONS: list[Companion] = []
 

@@ -89,6 +89,12 @@ class VeraLayer(BaseTunerLayer):
     tuners = frozenset({"VERA"})
 
 
+class TrainableTokensLayer(BaseTunerLayer):
+    """An embedding of which some rows train."""
+
+    tuners = frozenset({"TRAINABLE_TOKENS"})
+
+
 class LycorisLayer(BaseTunerLayer):
     """A layer with LoHa or LoKr adapters."""
 
@@ -105,6 +111,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module that adapters train whole."""
 
     tuners = frozenset({"MODULES_TO_SAVE"})
+
+
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
+    """An embedding of which some rows train, beside adapters of another method."""
+
+    tuners = frozenset({"TOKEN_ADAPTER"})
 
 
 def _on(layer: Kind, tuner: str, hosts: str) -> dict[str, Kind]:

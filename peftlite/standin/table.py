@@ -18,8 +18,8 @@ def _at(home: str, names: str) -> str:
     return " ".join(f"{name}={home}:{name}" for name in names.split())
 
 
-_CONFIGS = "AdaLoraConfig IA3Config LoHaConfig LoKrConfig LoraConfig VeraConfig"
-_MODELS = "AdaLoraModel IA3Model LoHaModel LoKrModel LoraModel VeraModel"
+_CONFIGS = "AdaLoraConfig IA3Config LoHaConfig LoKrConfig LoraConfig TrainableTokensConfig VeraConfig"
+_MODELS = "AdaLoraModel IA3Model LoHaModel LoKrModel LoraModel TrainableTokensModel VeraModel"
 _PEFT_MODELS = (
     "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
     "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
@@ -155,6 +155,7 @@ MODULES: Final[dict[str, str]] = {
     **_tuner("ia3", "IA3", _kinds("IA3Layer", "Linear Conv2d Conv3d")),
     **_tuner("loha", "LoHa", _kinds("LoHaLayer", "Linear Conv1d Conv2d")),
     **_tuner("lokr", "LoKr", f"{_kinds('LoKrLayer', 'Linear Conv1d Conv2d')} {_FACTORS}"),
+    **_tuner("trainable_tokens", "TrainableTokens", _kinds("TrainableTokensLayer", "")),
     **_tuner("vera", "Vera", _kinds("VeraLayer", "Linear")),
     "peft.tuners.oft": "OFTConfig=peftlite.standin.absent:OFTConfig",
     "peft.utils": " ".join(

@@ -38,7 +38,7 @@ class ModulesToSave(Variant):
         copied = without_memory if at.device.type == "meta" else near_copy
         return {"modules_to_save": copied(host.layer)}
 
-    def why_not_follow(self, host: Host, leader: Host, config: Any) -> str | None:
+    def why_not_follow(self, host: Host, leader: Host, config: Any, paths: tuple[str, str]) -> str | None:
         return None
 
     def follow(self, host: Host, leader: View) -> dict[str, Any]:

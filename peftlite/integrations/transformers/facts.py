@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from peftlite.checkpoint.former import brought_up_to_date
-from peftlite.config import PeftConfig
-from peftlite.core.inject import ModelFacts, register_model_facts
+from peftlite.config import PeftConfig, PeftType
+from peftlite.core.inject import ModelFacts, innermost, register_model_facts
+from peftlite.core.tree import places
 from peftlite.errors import ConfigError
 from peftlite.integrations.defaults import default_feedforward, default_targets
 from peftlite.integrations.transformers.former import former_names
@@ -31,6 +32,7 @@ def model_facts(model: nn.Module) -> ModelFacts | None:
         model_type=model_type,
         output_head=found[1],
         embeddings=tuple(layer for layer in found if layer is not None),
+        input_table=None if found[0] is None else innermost(found[0]),
         vocab_size=getattr(model.config.get_text_config(), "vocab_size", None),
         first_vocab_size=model.__dict__.get(FIRST),
         default_targets=partial(fill_targets, model, model_type or type(model).__name__),
@@ -95,6 +97,9 @@ def fill_targets(model: nn.Module, model_type: str, config: PeftConfig) -> None:
     if values.target_modules is not None:
         brought_up_to_date(model, config)
         return
+    if config.peft_type is PeftType.TRAINABLE_TOKENS:
+        values.target_modules = path_of_inputs(model)
+        return
     targets = default_targets(model_type, config.peft_type or "")
     if targets is None:
         raise ConfigError(
@@ -102,6 +107,13 @@ def fill_targets(model: nn.Module, model_type: str, config: PeftConfig) -> None:
             "modules, for example `all-linear`. Nothing was changed."
         )
     values.target_modules = targets
+
+
+def path_of_inputs(model: nn.Module) -> str | None:
+    """The path of the table of inputs; None for models without one."""
+    table = input_table(model)
+    found = (place.path for place in places(model) if table is not None and place.module is table)
+    return next(found, None)
 
 
 register_model_facts(model_facts)

@@ -33,13 +33,13 @@ from peftlite.tuners.lora.options import (
     options,
     plain,
 )
+from peftlite.tuners.trainable_tokens import check_token_field
 
 # Fields whose feature this version does not have, and the value that asks for nothing.
 UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
     {
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "trainable_token_indices": None,
         "velora_config": None,
         "monteclora_config": None,
         "layer_replication": None,
@@ -208,6 +208,7 @@ class LoraConfig(PeftConfig):
                 "`LoftQConfig(loftq_bits=4)`. Nothing was changed."
             )
         self.loftq_config = {} if loftq is None else plain(loftq)
+        self.trainable_token_indices = check_token_field(self.trainable_token_indices)
         self.qalora_group_size = check_int("qalora_group_size", self.qalora_group_size, 1)
         self.alora_invocation_tokens = check_tokens("alora_invocation_tokens", self.alora_invocation_tokens)
 

@@ -52,7 +52,7 @@ class Lora(Additive):
             "scaling": site.scaling,
         }
 
-    def why_not_follow(self, host: Host, leader: Host, config: Any) -> str | None:
+    def why_not_follow(self, host: Host, leader: Host, config: Any, paths: tuple[str, str]) -> str | None:
         if type(self) is not Lora or config.lora_bias:
             return f"{'`lora_bias`' if type(self) is Lora else type(self).__name__} has no such form"
         return tied.why_not_follow(host, leader)
