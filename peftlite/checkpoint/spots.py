@@ -71,13 +71,18 @@ def joined_path(path: str, name: str) -> str:
 
 
 def is_companion(tuner: TunerSpec) -> bool:
+    """Whether a tuner comes along with others."""
+    return any(companion.tuner is tuner for companion in COMPANIONS)
+
+
+def is_whole(tuner: TunerSpec) -> bool:
     """Whether a tuner's layers hold whole modules rather than adapters."""
     return any(companion.tuner is tuner and companion.whole for companion in COMPANIONS)
 
 
 def adapts(tuner: TunerSpec) -> bool:
     """Whether a tuner's adapters change what their layers compute as a whole."""
-    return not is_companion(tuner) and not tuner.few_rows
+    return not is_whole(tuner) and not tuner.few_rows
 
 
 def base_in_files(tuner: TunerSpec) -> str:

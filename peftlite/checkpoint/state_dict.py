@@ -16,7 +16,7 @@ from peftlite.checkpoint.forms import AsOnLayers, as_in_files
 from peftlite.checkpoint.keys import PREFIX, file_key, nearest_keys, shown, unwrapped, without_prefix
 from peftlite.checkpoint.record import Origin
 from peftlite.checkpoint.report import LoadReport, Strict, compare, settle
-from peftlite.checkpoint.spots import Spot, base_in_files, is_companion, spots
+from peftlite.checkpoint.spots import Spot, base_in_files, is_whole, spots
 from peftlite.checkpoint.targets import (
     BaseTarget,
     LayerTarget,
@@ -121,7 +121,7 @@ def second_copies(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
     """Biases of modules that are trained whole, once more: PEFT writes them so, and expects no key less."""
     for spot in spots(base, name):
         layer = spot.module
-        if isinstance(layer, AdapterLayer) and is_companion(layer.tuner):
+        if isinstance(layer, AdapterLayer) and is_whole(layer.tuner):
             for suffix, tensor in layer.tensors(name).items():
                 if is_bias(suffix.rpartition(".")[2]):
                     yield file_key(f"{spot.path}.{layer.tuner.slots[0].name}", suffix), tensor

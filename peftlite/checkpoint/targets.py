@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peftlite.checkpoint.keys import file_key, shared_key
 from peftlite.checkpoint.report import Wanted
-from peftlite.checkpoint.spots import Spot, is_companion, joined_path, spots
+from peftlite.checkpoint.spots import Spot, is_whole, joined_path, spots
 from peftlite.core.hosts import is_borrowed
 from peftlite.core.inject import ModelFacts, facts_of, innermost
 from peftlite.core.layer import AdapterLayer
@@ -68,7 +68,7 @@ class Targets:
 
 
 def _second_copies(path: str, suffix: str, tuner: TunerSpec) -> Iterator[str]:
-    if is_companion(tuner):
+    if is_whole(tuner):
         yield from (file_key(joined_path(path, slot), suffix) for slot in (tuner.slots[0].name, tuner.base_slot))
 
 
@@ -367,7 +367,7 @@ class BaseTarget(Target):
 def base_targets(spot: Spot, config: Any, facts: ModelFacts) -> Iterator[tuple[str, BaseTarget]]:
     """By file key: the module's biases that the config trains, which are required, and those that a file may have."""
     bias, rows = bias_of(config), _rows(spot.module, facts)
-    replaced = spot.around is not None and is_companion(spot.around.tuner)
+    replaced = spot.around is not None and is_whole(spot.around.tuner)
     saved = is_table(spot.module, facts) and not replaced
     for name, tensor in own_tensors(spot.module):
         trained = is_bias(name) and (bias == "all" or (bias == "lora_only" and spot.adapted))

@@ -146,6 +146,7 @@ TUNERS: dict[str, Method] = {
     "lokr": of("LoKrConfig", r=4),
     "lokr-low_rank": of("LoKrConfig", r=1, decompose_both=True, decompose_factor=2),
     "lokr-effective": of("LoKrConfig", r=1, use_effective_conv2d=True),
+    "trainable_tokens": of("TrainableTokensConfig", token_indices=[7, 3, 4, 9]),
     "vera": of("VeraConfig", r=6),
     "vera-unsaved": of("VeraConfig", r=6, save_projection=False, vera_dropout=0.1),
 }
@@ -170,8 +171,14 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
         for kind in (*CONVOLUTIONS, *READ_BY_MODULE)
     },
     **{(f"lora-{form}", kind): "lora_" for form in ("dropout", "lora_bias", "dora-rslora") for kind in READ_BY_MODULE},
-    **{(tuner, kind): "Embedding" for tuner in TUNERS for kind in ("embedding",) if not tuner.startswith("lora")},
-    **{(tuner, kind): "Conv" for tuner in ("vera", "vera-unsaved") for kind in CONVOLUTIONS},
+    **{
+        (tuner, kind): "Embedding"
+        for tuner in TUNERS
+        for kind in ("embedding",)
+        if not tuner.startswith(("lora", "train"))
+    },
+    **{(tuner, kind): "Conv" for tuner in ("vera", "vera-unsaved", "trainable_tokens") for kind in CONVOLUTIONS},
+    **{("trainable_tokens", kind): "trainable tokens" for kind, layer in KINDS.items() if layer.quantised},
     **{
         (tuner, kind): {"attention": "MultiheadAttention", "parameter": "Matrix", "experts": "Experts"}[kind]
         for tuner in TUNERS
@@ -189,8 +196,10 @@ UNMERGEABLE = {
 """Combinations whose effect cannot be written into the base layer."""
 
 
-NEARLY_IDENTITY = {"lora-orthogonal"}
-"""Fresh adapters whose factors are not zero, and their product is but for rounding."""
+NEARLY_IDENTITY = {"lora-orthogonal", "trainable_tokens"}
+"""Fresh adapters whose factors are not zero, and their product is but for rounding; or rows that are computed apart."""
+RIVALS = {"lora-modules_to_save", "trainable_tokens"}
+"""Adapters of which two cannot be active together: each has a module, or a row of a table, of its own."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import peftlite
 from peftlite.core.slots import ModuleSlot
 from peftlite.core.tree import find_state, layers
 from peftlite.errors import MergeError, PeftliteError, UnsupportedLayerError
-from tests.contract.rows import NEARLY_IDENTITY, UNSUPPORTED, Case, cases, scramble
+from tests.contract.rows import NEARLY_IDENTITY, RIVALS, UNSUPPORTED, Case, cases, scramble
 
 pytestmark = pytest.mark.filterwarnings("ignore:Merged into:peftlite.errors.PeftliteWarning")  # quantised layers
 
@@ -130,7 +130,7 @@ def test_unmerge_gives_every_bit_back(case: Case) -> None:
 
 @exactly_mergeable_cases
 def test_merged_and_unmerged_active_adapters_add_up(case: Case) -> None:
-    if "modules_to_save" in case.tuner:
+    if case.tuner in RIVALS:
         return  # two copies of one module cannot be active together; test_lifecycle shows that it is refused
     model, x = case.adapted("a", "b"), case.feed()
     peftlite.set_adapter(model, ["a", "b"])
