@@ -90,13 +90,43 @@ TINY: dict[str, Recipe] = {
     ),
 }
 
+_MOE_SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "experts_implementation": "eager",
+}
+MOE: dict[str, Recipe] = {
+    "mixtral": Recipe("MixtralForCausalLM", "MixtralConfig", {**_MOE_SIZES, "num_local_experts": 3}),
+    "qwen2_moe": Recipe(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**_MOE_SIZES, "num_experts": 3, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 10},
+    ),
+    "qwen3_moe": Recipe(
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_MOE_SIZES, "num_experts": 3, "moe_intermediate_size": 8}
+    ),
+    "gpt_oss": Recipe(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**_MOE_SIZES, "num_local_experts": 3, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+}
+"""Models whose experts are parameters (experts, out, in), or (experts, in, out) in gpt-oss."""
+
 
 def tiny(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
     """The tiny model `name` in eval mode; `sizes` override or extend its config. The global random state is left alone.
 
     Vectors (biases, norms) are moved off their usual zeros and ones, so that a forgotten or doubled one shows.
     """
-    recipe = TINY[name]
+    recipe = (TINY | MOE)[name]
     build: Callable[[Any], nn.Module] = getattr(transformers, recipe.model)
     config = getattr(transformers, recipe.config)(**{"vocab_size": VOCAB, **recipe.sizes, **sizes})
     with torch.random.fork_rng(devices=[]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftlite.core.hosts import ParamHost, swapped
@@ -60,4 +61,7 @@ class Edited:
         changed: dict[str, Any] = {}
         for edit in self.edits:
             changed = edit.edits() | changed
-        return (swapped(self.base, changed) if changed else self.base)(*args, **kwargs)
+        twin = swapped(self.base, changed) if changed else self.base
+        if changed and torch.compiler.is_compiling() and not (twin._forward_pre_hooks or twin._forward_hooks):
+            return type(self.base).forward(twin, *args, **kwargs)  # dynamo finds no closures of what it made itself
+        return twin(*args, **kwargs)

@@ -30,66 +30,31 @@ from peftlite.errors import (
 )
 from peftlite.integrations.transformers.former import Mapping, former_names
 from tests.adapters import snapshot
+from tests.models import tiny
 
-SIZES = {
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 4,
-    "vocab_size": 32,
-    "initializer_range": 0.3,
-    "experts_implementation": "eager",
-}
 TOKENS = torch.arange(14).reshape(2, 7)
 EXPERTS = 3
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An architecture: its classes, how many experts it has, and how transformers 4 called their layers."""
+    """A tiny model, and how transformers 4 called its layers."""
 
-    model: str
-    config: str
-    sizes: dict[str, int]
+    name: str
     block: str = "mlp"
     layers: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     beside: str | None = None
     """A module beside the experts with linear layers of the same names."""
 
     def build(self) -> Any:
-        """A tiny model in float64."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            config = getattr(transformers, self.config)(**{**SIZES, **self.sizes})
-            return getattr(transformers, self.model)(config).double().eval()
+        """The model in float64."""
+        return tiny(self.name, dtype=torch.float64)
 
 
 KINDS = {
-    "mixtral": Kind(
-        "MixtralForCausalLM",
-        "MixtralConfig",
-        {"num_local_experts": EXPERTS},
-        "block_sparse_moe",
-        ("w1", "w3", "w2"),
-    ),
-    "qwen2": Kind(
-        "Qwen2MoeForCausalLM",
-        "Qwen2MoeConfig",
-        {
-            "num_experts": EXPERTS,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 6,
-            "shared_expert_intermediate_size": 10,
-        },
-        beside="shared_expert",
-    ),
-    "qwen3": Kind(
-        "Qwen3MoeForCausalLM",
-        "Qwen3MoeConfig",
-        {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 6},
-    ),
+    "mixtral": Kind("mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen2": Kind("qwen2_moe", beside="shared_expert"),
+    "qwen3": Kind("qwen3_moe"),
 }
 
 
@@ -325,7 +290,8 @@ def test_other_shapes_are_named() -> None:
     old = old_file("mixtral", "1", "2")
     old.config = peftlite.LoraConfig(r=4, target_modules=["w1", "w3"])
     refused(
-        old, r"`base_model.model.model.layers.0.block_sparse_moe.experts.0.w1.lora_A.weight` is \(2, 8\), not \(4, 8\)"
+        old,
+        r"`base_model.model.model.layers.0.block_sparse_moe.experts.0.w1.lora_A.weight` is \(2, 16\), not \(4, 16\)",
     )
 
 
