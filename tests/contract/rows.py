@@ -97,6 +97,12 @@ KINDS: dict[str, Kind] = {
         for kind in ("linear4bit-nf4", "linear4bit-fp4-double", "linear8bit", "torchao-int8", "torchao-int4", "hqq")
     },
 }
+TAME_KINDS: dict[str, Kind] = {
+    "conv1d-zeros": Kind(lambda: nn.Conv1d(IN, OUT, 3, padding=1), images(1), 0),
+    "conv2d-strided": Kind(lambda: nn.Conv2d(IN, OUT, 3, stride=2, padding=1), images(2), 0),
+    "conv2d-1x1": Kind(lambda: nn.Conv2d(IN, OUT, 1), images(2), 0),
+}
+"""Convolutions with nothing that PEFT forgets; no page and no law has them, comparisons do."""
 CONVOLUTIONS = ("conv1d-torch", "conv2d", "conv2d-groups", "conv3d")
 READ_BY_MODULE = ("attention", "parameter", "experts")
 
@@ -218,18 +224,22 @@ class Case:
         return (self.tuner, self.kind) not in UNMERGEABLE
 
     @property
+    def layer(self) -> Kind:
+        return KINDS.get(self.kind) or TAME_KINDS[self.kind]
+
+    @property
     def quantised(self) -> bool:
-        return bool(KINDS[self.kind].quantised)
+        return bool(self.layer.quantised)
 
     def config(self, library: Any = peftlite, **fields: Any) -> Any:
-        method, parameter = TUNERS[self.tuner], KINDS[self.kind].parameter
+        method, parameter = TUNERS[self.tuner], self.layer.parameter
         if parameter and method.config == "LoraConfig":
             fields = {"target_modules": [], "target_parameters": [f"layer.{parameter}"], **fields}
         return method(library, **fields)
 
     def base(self) -> Holder:
         torch.manual_seed(1)
-        kind = KINDS[self.kind]
+        kind = self.layer
         model = Holder(kind).to(DTYPES[self.dtype]).eval()
         if kind.quantised and isinstance(model.layer, nn.Linear):
             model.layer = QUANTISED[kind.quantised](model.layer)
@@ -237,7 +247,7 @@ class Case:
 
     def feed(self, seed: int = 2) -> Tensor:
         torch.manual_seed(seed)
-        return KINDS[self.kind].feed(DTYPES[self.dtype])
+        return self.layer.feed(DTYPES[self.dtype])
 
     def adapted(self, *names: str) -> Holder:
         """A model in which the adapters `names` (default: one) have random weights; the first is active."""
