@@ -49,13 +49,16 @@ def both(base: nn.Module, names: tuple[str, ...] = ("default",), **fields: Any) 
     """(PEFT's, ours): the same base, the same adapters, the first of them active."""
     base = base.requires_grad_(False)
     theirs, ours = copy.deepcopy(base), copy.deepcopy(base)
+    wrapper = peft.get_peft_model(theirs, peft.LoraConfig(**fields), names[0])  # which gives adapters fp32, as we do
+    for name in names[1:]:
+        wrapper.add_adapter(name, peft.LoraConfig(**fields))
     for name in names:
-        peft.inject_adapter_in_model(peft.LoraConfig(**fields), theirs, name)
         peftlite.inject(ours, peftlite.LoraConfig(**fields), name)
     ours.load_state_dict(
         {key: torch.randn_like(t) * 0.05 if "lora_" in key else t for key, t in theirs.state_dict().items()}
     )
     theirs.load_state_dict(ours.state_dict())
+    assert {k: t.dtype for k, t in theirs.state_dict().items()} == {k: t.dtype for k, t in ours.state_dict().items()}
     for layer in theirs.modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             layer.set_adapter(names[0])
