@@ -52,6 +52,7 @@ DIFFERENCES: list[tuple[str, str, Sequence[str], Sequence[str]]] = [
     ("PEFT ignores the field", "size mismatch", ["lora-qalora"], [*LINEAR, *BITSANDBYTES, *TORCHAO, "hqq"]),
     ("another random projection", "outputs", ["lora-dora-pissa"], LINEAR),
     ("PEFT quantises the residual", "outputs", ["lora-olora"], BITSANDBYTES),
+    ("PEFT keeps a copy of the rows", "names", ["trainable_tokens"], [*LINEAR, "embedding"]),
     ("PEFT cannot read the weight", "float32", ["lora-pissa", "lora-dora-pissa", "lora-mica"], BITSANDBYTES),
     ("PEFT cannot read the weight", "floating point", ["lora-orthogonal"], BITSANDBYTES),
     ("PEFT cannot read the weight", "unimplemented", [*RESIDUAL, "lora-mica"], TORCHAO),
