@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     )
     from peftlite.integrations.quantised.training import prepare_model_for_kbit_training
     from peftlite.integrations.transformers.adalora import AdaLoraCallback
+    from peftlite.integrations.transformers.baking import merge_checkpoint
     from peftlite.model import (
         PeftModel,
         PeftModelForCausalLM,
@@ -183,6 +184,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "merge_and_unload",
+    "merge_checkpoint",
     "orthogonal_regularisation",
     "overlay",
     "plan",
@@ -282,6 +284,7 @@ _HOMES = {
     ),
     "peftlite.tuners.combine": ("add_weighted_adapter",),
     "peftlite.integrations.transformers.adalora": ("AdaLoraCallback",),
+    "peftlite.integrations.transformers.baking": ("merge_checkpoint",),
     "peftlite.optimizers": ("create_lorafa_optimizer", "create_loraplus_optimizer"),
     "peftlite.tuners.adalora.allocation": ("orthogonal_regularisation", "update_and_allocate"),
     "peftlite.tuners.adalora.config": ("AdaLoraConfig",),

@@ -106,7 +106,7 @@ class AutoPeftModel:
         task = task or cls.task
         if task is not None:
             return getattr(transformers, BASE_CLASSES[task.value])
-        return _named_class(config.auto_mapping or {}, transformers, name)
+        return named_class(config.auto_mapping or {}, transformers, name)
 
     @staticmethod
     def _fit_vocabulary(base: Any, place: str | os.PathLike[str], hub: dict[str, Any]) -> None:
@@ -119,7 +119,7 @@ class AutoPeftModel:
             base.resize_token_embeddings(tokens)
 
 
-def _named_class(mapping: dict[str, Any], transformers: Any, config: str) -> Any:
+def named_class(mapping: dict[str, Any], transformers: Any, config: str) -> Any:
     """The class of transformers that a config's `auto_mapping` names.
 
     Raises: ConfigError.

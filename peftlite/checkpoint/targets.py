@@ -28,7 +28,7 @@ from peftlite.core.state import bias_of
 from peftlite.core.transaction import keep_values, write
 from peftlite.core.tree import base_model_of, find_state, is_bias
 from peftlite.core.variant import TunerSpec
-from peftlite.errors import CheckpointError, StateError
+from peftlite.errors import CheckpointError, PeftliteError, StateError
 
 _FREE = 1 << 24  # numbers that are made up for any model, however small
 
@@ -215,6 +215,8 @@ class Blueprint:
         try:
             values = [dict(site.variant.init(site.host, planned.placement(site, True))) for site in planned.sites]
             shared = planned.shared(torch.device("meta"))
+        except PeftliteError:
+            raise
         except (RuntimeError, OverflowError, TypeError) as error:
             reason = str(error).split("\n")[0]
             raise CheckpointError(f"The config asks for what cannot be made: {reason}. Nothing was changed.") from error

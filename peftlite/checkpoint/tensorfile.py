@@ -11,6 +11,7 @@ library's, byte for byte.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -199,6 +200,25 @@ class SafetensorsFile:
             view = view[count:]
         return flat
 
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """The bytes of one tensor as they are in the file, in pieces.
+
+        Raises: CheckpointError if the file was cut off since its header was read.
+        """
+        info = self.infos[key]
+        for at in range(info.begin, info.end, _CHUNK):
+            self._file.seek(self._start + at)
+            wanted = min(_CHUNK, info.end - at)
+            piece = self._file.read(wanted)
+            if len(piece) != wanted:
+                raise self._error(f"{shown(key)} was cut off while it was read")
+            yield piece
+
+    def header(self) -> bytes:
+        """What the file begins with, as it is."""
+        self._file.seek(0)
+        return self._file.read(self._start)
+
     def close(self) -> None:
         self._file.close()
 
@@ -229,28 +249,43 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
     Raises: CheckpointError for a tensor that has no values (on the meta device), or no place in the format.
     """
     plain = {key: _plain(key, tensor) for key, tensor in tensors.items()}
-    order = sorted(plain, key=lambda key: (_RANK[_CODES[plain[key].dtype]], key))
-    header: dict[str, Any] = {_METADATA: {"format": "pt", **dict(sorted((metadata or {}).items()))}}
+    infos = laid_out({key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in plain.items()})
+    header = header_of(infos, {"format": "pt", **dict(sorted((metadata or {}).items()))})
+    file.write(header)
+    for key in infos:
+        for chunk in chunks(plain.pop(key)):
+            file.write(chunk)
+    return zlib.crc32(header[8:])
+
+
+def laid_out(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors in the order in which files have them, and where there."""
+    placed: dict[str, TensorInfo] = {}
     at = 0
-    for key in order:
-        size = plain[key].numel() * plain[key].dtype.itemsize
-        header[key] = {
-            "dtype": _CODES[plain[key].dtype],
-            "shape": list(plain[key].shape),
-            "data_offsets": [at, at + size],
-        }
-        at += size
+    for key in sorted(infos, key=lambda key: (_RANK[_CODES[infos[key].dtype]], key)):
+        info = infos[key]
+        end = at + math.prod(info.shape) * info.dtype.itemsize
+        placed[key] = TensorInfo(info.dtype, info.shape, at, end)
+        at = end
+    return placed
+
+
+def header_of(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """What a file begins with.
+
+    Raises: CheckpointError for names that are not UTF-8.
+    """
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    for key, info in infos.items():
+        offsets = [info.begin, info.end]
+        header[key] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
     try:
         raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError as error:
         name = shown(error.object[error.start - 20 : error.end])
         raise CheckpointError(f"A tensor's name, near {name}, is not UTF-8. Nothing was changed.") from None
     raw += b" " * (-len(raw) % 8)
-    file.write(len(raw).to_bytes(8, "little") + raw)
-    for key in order:
-        for chunk in _chunks(plain.pop(key)):
-            file.write(chunk)
-    return zlib.crc32(raw)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def _plain(key: str, tensor: Tensor) -> Tensor:
@@ -273,7 +308,8 @@ def _without_subclass(key: str, tensor: Tensor) -> Tensor:
     )
 
 
-def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+def chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a plain tensor as files have them, in pieces."""
     flat = tensor.contiguous().cpu().reshape(-1)
     if sys.byteorder == "big":
         flat = flat.clone()

@@ -175,10 +175,13 @@ class MergingLayer(ScalingLayer):
         with self.here():
             finite = all(is_finite(dense) for _, dense in self._merged_blocks(self._more(wanted), self._saved))
         if not finite:
-            raise MergeError(
-                f"Merging {', '.join(f'`{n}`' for n in names)} would write values that are not finite into "
-                f"{type(self.get_base_layer()).__name__}. Nothing was changed."
-            )
+            raise self._not_finite(names)
+
+    def _not_finite(self, names: Sequence[str]) -> MergeError:
+        return MergeError(
+            f"Merging {', '.join(f'`{n}`' for n in names)} would write values that are not finite into "
+            f"{type(self.get_base_layer()).__name__}. Nothing was changed."
+        )
 
     @atomic
     @torch.no_grad()
@@ -283,6 +286,17 @@ class MergingLayer(ScalingLayer):
         block = min(max(size // _BLOCKS, _SMALL_BLOCK), _BLOCK)
         step = max(1, block * rows // max(1, size))
         yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+    @torch.no_grad()
+    def bake(self, names: Sequence[str], safe_merge: bool = False) -> None:
+        """Merge adapters into the weight as it is, in place: nothing is kept, noted or taken back.
+
+        Raises: MergeError if `safe_merge` and the result is not finite.
+        """
+        for rows, dense in self._merged_blocks(names, None):
+            if safe_merge and not is_finite(dense):
+                raise self._not_finite(names)
+            self.host.write(dense, rows)
 
     def rewrite(self, weight: Tensor) -> None:
         """Give the base layer another weight (canonical) for good. A weight that others share becomes its own first."""
