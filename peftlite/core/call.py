@@ -39,6 +39,7 @@ _ever_logged = False  # until a Call has recorded gradients, `current` need not 
 
 class _Mirror(threading.local):
     call: Call | None = None
+    made = False
 
 
 _mirror = _Mirror()
@@ -52,6 +53,8 @@ class Call:
         self.names = tuple(names)
         self.programs = programs
         self.outer = outer
+        self.task = -1
+        """The backward pass inside which it began, in a block that is recomputed."""
         self.version = state.version
 
     def run(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -99,7 +102,16 @@ def current() -> Call | None:
         return _mirror.call
     if _ever_logged and torch._C._current_graph_task_id() != -1:
         return _recall()
-    return _variable.get()
+    call = _variable.get()
+    if call is None and not _mirror.made and torch.is_grad_enabled():
+        _mark_as_maker()
+    return call
+
+
+def _mark_as_maker() -> None:
+    """Note that this thread makes autograd nodes without a Call, so that it need not look for one in other threads."""
+    if not _missing_internals() and torch._C._current_graph_task_id() == -1:
+        _log().made = _mirror.made = True
 
 
 @contextmanager
@@ -131,6 +143,8 @@ class Stay:
         _mirror.call = self.call
         if torch.compiler.is_compiling():  # inside a compiled region, where a ContextVar cannot be traced
             return
+        if _ever_logged:
+            self.call.task = torch._C._current_graph_task_id()
         _variable.set(self.call)
         if torch.is_grad_enabled():
             self.log, self.stretch = _log(), _Stretch(self.call)
@@ -168,6 +182,10 @@ class _Log:
     def __init__(self) -> None:
         self.stretches: list[_Stretch] = []
         self.tasks: list[tuple[int, Call | None]] = []
+        self.made = False
+        """Whether the thread made nodes without a Call, too."""
+        self.forgotten = -1.0
+        """Of nodes before this one it is not known any more."""
 
     def open(self, stretch: _Stretch) -> None:
         global _ever_logged
@@ -176,6 +194,7 @@ class _Log:
         stretch.first = _next_sequence_number()
         self.stretches.append(stretch)
         if len(self.stretches) > _MAX_LOG:
+            self.forgotten = max(one.last for one in self.stretches[: _MAX_LOG // 2] if one.last != math.inf)
             del self.stretches[: _MAX_LOG // 2]
 
     def close(self, stretch: _Stretch) -> None:
@@ -186,7 +205,15 @@ class _Log:
             self.stretches.pop()  # no node was made in it
 
     def find(self, number: int) -> Call | None:
-        """The Call of the innermost stretch around `number`."""
+        """The Call of the innermost stretch around `number`.
+
+        Raises: StateError if that is not known any more.
+        """
+        if number < self.forgotten:
+            raise StateError(
+                f"backward() with gradient checkpointing, after {_MAX_LOG // 2} or more later blocks of `use_adapter` "
+                "that recorded gradients: call backward() earlier."
+            )
         upto = bisect_right(self.stretches, number, key=lambda s: s.first)
         return next((s.call for s in reversed(self.stretches[:upto]) if s.last > number), None)
 
@@ -199,8 +226,14 @@ class _Log:
         if self.tasks[-1:] != [(task, call)]:
             self.tasks = [(other, c) for other, c in self.tasks[-_MAX_DEPTH:] if other != task] + [(task, call)]
 
+    def __del__(self) -> None:
+        """The thread ends: of the nodes that it made it is not known any more under which Call that was."""
+        global _lost
+        _lost = max(_lost, self.forgotten, *(one.last for one in self.stretches if one.last != math.inf), -1.0)
+
 
 _logs: WeakSet[_Log] = WeakSet()
+_lost = -1.0  # in threads that have ended, nodes before this one may have been made under Calls
 
 
 def _log() -> _Log:
@@ -226,38 +259,51 @@ def _recall() -> Call | None:
     """
     task = torch._C._current_graph_task_id()
     number = int(torch._C._current_autograd_node()._sequence_nr())
-    log = _log()
-    if _reentrant_depth() > 1:
+    log, call = _log(), _variable.get()
+    if call is not None and call.task == task:  # what is recomputed has a block inside
+        pass
+    elif _is_nested():
         call = log.enclosing(task)
     else:
-        call = log.find(number) if log.stretches else _find_elsewhere(number)
+        own = (log.stretches or log.made) and number < _next_sequence_number()
+        call = log.find(number) if own else _find_elsewhere(number)
     log.note(task, call)
     return call
 
 
 def _find_elsewhere(number: int) -> Call | None:
-    """For a thread that made no Call itself: the one that another thread made around `number`."""
-    calls = {id(call): call for call in (log.find(number) for log in list(_logs)) if call is not None}
-    if len(calls) > 1:
+    """For a thread that ran no forward itself: the Call that another thread made around `number`.
+
+    Raises: StateError if it cannot be known.
+    """
+    found: dict[int, Call | None] = {}
+    for log in list(_logs):
+        call = log.find(number)
+        if call is not None or log.made:
+            found[id(call)] = call
+    if len(found) > 1 or number < _lost:
         raise StateError(
             "backward() runs in another thread than forward, with gradient checkpointing and several threads that "
             "choose adapters per call: call backward() in the thread that ran forward."
         )
-    return next(iter(calls.values()), None)
+    return next(iter(found.values()), None)
 
 
-def _reentrant_depth() -> int:
-    """How many autograd Functions' `backward(ctx, ...)` are on this thread's stack."""
-    depth = 0
+def _is_nested() -> bool:
+    """Whether this backward pass was begun by a reentrant checkpoint that is recomputed in the one around it."""
+    passes = (torch.autograd.backward.__code__, torch.autograd.grad.__code__)
+    inside = False
     frame: Any = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        depth += code.co_name == "backward" and code.co_varnames[:1] == ("ctx",)
+        if inside and code.co_name == "backward" and code.co_varnames[:1] == ("ctx",):
+            return True
+        inside = inside or code in passes
         frame = frame.f_back
-    return depth
+    return False
 
 
-def _require_torch_internals() -> None:
+def _missing_internals() -> list[str]:
     names = (
         "_current_graph_task_id",
         "_current_autograd_node",
@@ -265,8 +311,11 @@ def _require_torch_internals() -> None:
         "_stash_obj_in_tls",
         "_get_obj_in_tls",
     )
-    missing = [name for name in names if name not in vars(torch._C)]
-    if missing:
+    return [name for name in names if name not in vars(torch._C)]
+
+
+def _require_torch_internals() -> None:
+    if missing := _missing_internals():
         raise StateError(
             f"torch {torch.__version__} lacks `{missing[0]}`, without which `use_adapter` cannot be right under "
             "gradient checkpointing: use `set_adapter`, or call under `torch.no_grad()`."
