@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import peftlite
+from tests.versions import VERSION
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,6 +113,8 @@ NOT_BUILT = {"task_ids"}  # prompt tuning
 
 @pytest.mark.parametrize("name", sorted(shared()))
 def test_what_pefts_functions_take_ours_take(name: str) -> None:
+    if VERSION < (5, 0) and name.endswith("push_to_hub"):
+        pytest.skip("PEFT has it from transformers, whose version 4 takes other arguments")
     ours, theirs = (inspect.signature(function).parameters for function in shared()[name])
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     wanted = [p for p in theirs.values() if p.kind not in kinds and p.name not in NOT_BUILT]

@@ -57,7 +57,9 @@ USE = """
     assert not model._hf_peft_config_loaded and torch.equal(model(tokens).logits, base)
 
     wrapped = get_peft_model(model, LoraConfig(r=2))
-    for module in (trainer, trainer_utils):
+    homes = [module for module in (trainer, trainer_utils) if hasattr(module, "_is_peft_model")]
+    assert homes
+    for module in homes:
         assert module._is_peft_model(wrapped) and not module._is_peft_model(model)
     for name in ("transformers.pytorch_utils", "transformers.modeling_utils", "transformers.trainer"):
         module = sys.modules[name]

@@ -19,6 +19,7 @@ from peftlite.config import PeftConfig
 from peftlite.core.inject import facts_of
 from peftlite.errors import AdapterNameError, ConfigError, NoAdapterError, StateError, TargetNotFoundError
 from tests.models import TINY, VOCAB, batch, tiny
+from tests.versions import CHECKPOINTING, VERSION, checkpointing
 
 NAMES = list(TINY)
 
@@ -295,14 +296,16 @@ def test_the_flag_can_be_lowered_for_a_while(llama: Any) -> None:
 # ---- gradient checkpointing
 @pytest.mark.parametrize("first", ["checkpointing", "adapter"])
 def test_gradient_checkpointing_reaches_the_adapters(llama: Any, first: str) -> None:
+    if VERSION < (5, 0) and first == "checkpointing":
+        pytest.skip("transformers 4 recomputes reentrantly, and then asks for the adapter to be there first")
     reference = copy.deepcopy(llama)
     reference.add_adapter(peftlite.LoraConfig(r=2))
     shake(reference)
     if first == "checkpointing":
-        llama.activation_checkpointing_enable()
+        checkpointing(llama)
     llama.add_adapter(peftlite.LoraConfig(r=2))
     if first == "adapter":
-        llama.activation_checkpointing_enable()
+        checkpointing(llama)
     shake(llama)
     for model in (llama, reference):
         model.train()
@@ -311,7 +314,7 @@ def test_gradient_checkpointing_reaches_the_adapters(llama: Any, first: str) -> 
         assert (parameter.grad is None) == (expected.grad is None)
         if expected.grad is not None:
             torch.testing.assert_close(parameter.grad, expected.grad)
-    llama.activation_checkpointing_disable()
+    getattr(llama, f"{CHECKPOINTING}_disable")()
     assert not llama.model.embed_tokens._forward_hooks, "inputs still require gradients, as they do not with peft"
 
 

@@ -26,6 +26,7 @@ from peftlite.errors import (
     UnsupportedFeatureError,
 )
 from tests.models import TINY, batch, tiny
+from tests.versions import VERSION, works_with_peft
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -90,6 +91,7 @@ def test_both_shapes_give_bit_equal_outputs(name: str) -> None:
     assert torch.equal(output(wrapped, name), output(adapted(name), name))
 
 
+@works_with_peft
 @pytest.mark.parametrize("in_place", [True, False])
 def test_real_peft_reads_what_save_pretrained_writes(name: str, in_place: bool, tmp_path: Path) -> None:
     model = adapted(name)
@@ -104,6 +106,7 @@ def test_real_peft_reads_what_save_pretrained_writes(name: str, in_place: bool, 
     torch.testing.assert_close(output(theirs, name), output(model, name))
 
 
+@works_with_peft
 @pytest.mark.parametrize("in_place", [True, False])
 def test_we_read_what_real_peft_writes(name: str, in_place: bool, tmp_path: Path) -> None:
     lora = peft.LoraConfig(r=2, init_lora_weights=False)
@@ -230,6 +233,7 @@ def test_loading_from_memory(llama: Any, saved: Path) -> None:
     assert torch.equal(output(other), output(source))
 
 
+@pytest.mark.skipif(VERSION < (5, 0), reason="`load_adapter` has no `hotswap` before transformers 5")
 def test_hotswap_replaces_the_tensors_of_an_adapter(llama: Any, saved: Path) -> None:
     llama.add_adapter(config_for("llama"))
     parameters = {id(p) for p in llama.parameters()}
@@ -243,6 +247,7 @@ def test_hotswap_replaces_the_tensors_of_an_adapter(llama: Any, saved: Path) -> 
         llama.load_adapter(str(saved), "other", hotswap=True)
 
 
+@pytest.mark.skipif(VERSION < (5, 4), reason="older versions look for the base model where the adapter says")
 def test_a_directory_with_base_model_and_adapter_loads_by_from_pretrained(saved: Path) -> None:
     tiny("llama").save_pretrained(saved)
     model = AutoModelForCausalLM.from_pretrained(saved)
@@ -267,6 +272,7 @@ def test_a_kind_of_adapter_that_only_peft_has_goes_to_peft(
     assert list(ours.peft_config) == ["default"]
 
 
+@pytest.mark.skipif(VERSION < (5, 0), reason="arguments that it does not have are refused by Python")
 def test_what_cannot_be_loaded_changes_nothing(llama: Any, saved: Path, tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in llama.state_dict().items()}
     with pytest.raises(AdapterFilesNotFoundError, match="no directory"):

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftlite
 from tests.models import batch, tiny
+from tests.versions import CHECKPOINTING
 
 SHAPES = ["wrapped", "in-place"]
 WEIGHTS = "adapter_model.safetensors"
@@ -91,7 +92,7 @@ def test_it_learns_and_leaves_the_base_alone(shape: str, tmp_path: Path) -> None
     assert all(torch.equal(after[key], original[key]) for key in original)
 
 
-@pytest.mark.parametrize("option", [{}, {"activation_checkpointing": True}, {"label_smoothing_factor": 0.1}], ids=str)
+@pytest.mark.parametrize("option", [{}, {CHECKPOINTING: True}, {"label_smoothing_factor": 0.1}], ids=str)
 def test_both_shapes_train_alike(option: dict[str, Any], tmp_path: Path) -> None:
     runs = [losses(train(model_with_adapter(shape), tmp_path / shape, **option)) for shape in SHAPES]
     assert runs[0] == runs[1]

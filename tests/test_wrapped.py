@@ -16,6 +16,7 @@ import peftlite
 from peftlite import IA3Config, LoraConfig, LoraModel, PeftModel, errors, get_peft_model, inject_adapter_in_model, wrap
 from tests.models import batch, tiny
 from tests.twins import Twins, fill, trainable, twins
+from tests.versions import checkpointing
 
 ALL: dict[str, dict[str, Any]] = {
     "llama": {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"},
@@ -174,10 +175,10 @@ def test_gradient_checkpointing(when: str, use_reentrant: bool) -> None:
     options = {"use_reentrant": use_reentrant}
     model = tiny("llama").train()
     if when == "before":
-        model.activation_checkpointing_enable(options)
+        checkpointing(model, options)
     checkpointed = get_peft_model(model, LoraConfig(**fields)).train()
     if when == "after":
-        checkpointed.activation_checkpointing_enable(options)
+        checkpointing(checkpointed, options)
     checkpointed.load_state_dict(plain.state_dict())
     checkpointed(**batch("llama")).loss.backward()
     grads = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}

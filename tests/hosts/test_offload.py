@@ -17,6 +17,7 @@ from peftlite import IA3Config, LoHaConfig, LoraConfig, VeraConfig
 from peftlite.core.tree import layers
 from peftlite.errors import MergeError
 from tests.models import batch, tiny
+from tests.versions import fused_experts
 
 APART = "ignore:A weight was shared:peftlite.errors.PeftliteWarning"
 CPU = torch.device("cpu")
@@ -110,6 +111,7 @@ def test_offloaded_tied_embeddings(tied: bool, order: str, offload: Offload, tmp
     assert close(logits(model), expected)
 
 
+@fused_experts
 @orders
 def test_offloaded_experts(order: str, tmp_path: Path) -> None:
     def mixtral() -> Any:

@@ -21,6 +21,7 @@ from peftlite.core.packed import PackedHost
 from peftlite.errors import PeftliteWarning, StateError, UnsupportedFeatureError
 from tests.models import batch, tiny
 from tests.quantised import QUANTISED, bytes_of, distance, quantise_linears, same, shake
+from tests.versions import is_checkpointing
 
 
 class Net(nn.Module):
@@ -99,7 +100,7 @@ FOUR: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb
 
 def described(model: nn.Module) -> dict[str, Any]:
     parameters = {name: (p.dtype, p.requires_grad, tuple(p.shape)) for name, p in model.named_parameters()}
-    return {**parameters, "checkpointing": model.is_activation_checkpointing}
+    return {**parameters, "checkpointing": is_checkpointing(model)}
 
 
 @pytest.mark.parametrize("use", [True, False], ids=["checkpointing", "plain"])

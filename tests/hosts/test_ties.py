@@ -18,6 +18,7 @@ from peftlite import LoraConfig
 from peftlite.core.tree import layers
 from peftlite.errors import ConfigError, PeftliteWarning
 from tests.models import batch, tiny
+from tests.versions import VERSION
 
 TABLE = {"llama": "embed_tokens", "gpt2": "wte", "t5": "shared"}
 PLAIN = {"llama": "q_proj", "gpt2": "c_attn", "t5": "q"}
@@ -111,6 +112,8 @@ def test_merging_and_unmerging_a_tied_weight(name: str, place: str, tied: bool) 
 @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
 @pytest.mark.filterwarnings(UNTIED)
 def test_a_merged_model_is_saved_and_loaded_as_it_is(name: str, place: str, tied: bool, tmp_path: Path) -> None:
+    if VERSION < (5, 0) and name == "t5" and not tied:
+        pytest.skip("T5 of transformers 4 ties its embeddings whenever it is loaded")
     model = adapted(name, place, ensure_weight_tying=tied)
     expected, ties = logits(model, name), shared(base(name))
     merged = peftlite.merge_and_unload(model)
@@ -283,6 +286,7 @@ def test_adapters_that_are_tied_and_others_are_merged_in_any_order() -> None:
     assert torch.equal(logits(model, "llama"), logits(base("llama"), "llama"))
 
 
+@pytest.mark.skipif(VERSION < (5, 0), reason="other modules share the table in transformers 4")
 def test_the_plan_says_what_is_tied_and_what_cannot_be() -> None:
     plan = peftlite.plan(base("t5"), config("t5", "head", ensure_weight_tying=True))
     assert {site.path: site.leader for site in plan.sites} == {

@@ -18,6 +18,7 @@ from peftlite.core.call import current
 from peftlite.core.tree import layers
 from peftlite.tuners.lora.alora import last_tails
 from tests.models import tiny
+from tests.versions import checkpointing
 
 TOKENS = [5, 6]
 FIELDS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -147,7 +148,7 @@ def test_recomputation_sees_the_tokens_of_its_own_call(model: Any, reentrant: bo
         model.zero_grad()
         if recompute:
             model.enable_input_require_grads()
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpointing(model, {"use_reentrant": reentrant})
         losses = [model(ids, labels=ids, use_cache=False).loss for ids in (IDS, IDS.flip(0))]
         sum(losses).backward()  # type: ignore[union-attr]
         gradients.append([p.grad for layer in layers(model) for p in layer.parameters_of("invoked")])

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from transformers import utils
+
 GATE = "is_peft_available"
+FIND = "find_adapter_config_file"
 
 
 def patch(module: ModuleType) -> None:
     """Let a module of transformers look for adapters."""
     if GATE in vars(module):
         setattr(module, GATE, adapters_can_be_loaded)
+        vars(module).setdefault(FIND, getattr(utils, FIND))  # older versions import it only where there is `peft`
 
 
 def adapters_can_be_loaded() -> bool:

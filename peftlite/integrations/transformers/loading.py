@@ -25,6 +25,9 @@ from peftlite.core.tree import find_state
 from peftlite.errors import AdapterNameError, ConfigError, PeftliteWarning, UnsupportedFeatureError, nearest
 from peftlite.integrations.transformers.owners import check_not_ours, is_foreign, is_foreign_config
 
+NOT_OURS = ("tqdm_class", "key_mapping")
+"""What transformers' own calls pass along that says nothing about an adapter."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -80,7 +83,7 @@ def hub_options(given: Mapping[str, Any], extra: Mapping[str, Any], base: Any) -
     named.update(given.get("adapter_kwargs") or {})
     named.update((key, value) for key, value in extra.items() if key in known)
     named.update((key, given[key]) for key in known if given.get(key))
-    own = {key: value for key, value in named.items() if not key.startswith("_") and key != "tqdm_class"}
+    own = {key: value for key, value in named.items() if not key.startswith("_") and key not in NOT_OURS}
     return HubOptions.from_kwargs(own)
 
 

@@ -28,7 +28,7 @@ from peftlite.core.inject import inject
 from peftlite.core.transaction import atomic
 from peftlite.core.tree import find_state
 from peftlite.errors import ConfigError
-from peftlite.integrations.transformers import facts, loading, routing, saving
+from peftlite.integrations.transformers import directories, facts, loading, routing, saving
 from peftlite.integrations.transformers.owners import (
     CONFIGS,
     FLAG,
@@ -106,6 +106,7 @@ def patch(modeling_utils: ModuleType) -> None:
     saving.patch(modeling_utils.PreTrainedModel)
     facts.patch(modeling_utils.PreTrainedModel)
     routing.patch(modeling_utils)
+    directories.patch(modeling_utils)
 
 
 def _patch_mixin(mixin: Any) -> None:

@@ -54,7 +54,11 @@ def _always() -> bool:
 def _or_ours(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
     @functools.wraps(original)
     def is_peft_model(model: Any) -> bool:
-        return isinstance(model, PeftModel) or original(model)
+        if isinstance(model, PeftModel):
+            return True
+        from transformers.utils import is_peft_available
+
+        return is_peft_available() and original(model)  # older versions take names of `peft` for granted: see `_always`
 
     _ours.add(is_peft_model)
     return is_peft_model

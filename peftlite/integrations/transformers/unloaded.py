@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -46,7 +47,7 @@ def untie(model: Any) -> None:
     broken = [target for target, source in pairs.items() if named(model, target) is not named(model, source)]
     if not broken:
         return
-    accepted = accepts_untied(model.config)
+    accepted = accepts_untied(model.config) and not reads_flag(model)
     set_apart(model, list(pairs) if accepted else broken, pairs.values())
     if accepted:
         keep(model.config.__dict__, "tie_word_embeddings")
@@ -99,6 +100,11 @@ def accepts_untied(config: Any) -> bool:
     return not type(config).from_dict(values).tie_word_embeddings
 
 
+def reads_flag(model: nn.Module) -> bool:
+    """Whether the outputs depend on what the config says, as those of T5 do in transformers 4, which scales them."""
+    return "tie_word_embeddings" in inspect.unwrap(type(model).forward).__code__.co_names
+
+
 def forget_quantisation(model: Any) -> None:
     """Take away what says that a model is quantised: none of its layers is."""
     keep_all(model.__dict__)
@@ -108,4 +114,5 @@ def forget_quantisation(model: Any) -> None:
             delattr(model, name)
     if "quantization_config" in model.config.__dict__:
         del model.config.quantization_config
-    model.config.__dict__.pop("_is_quantized", None)
+    for name in ("_is_quantized", "_pre_quantization_dtype"):
+        model.config.__dict__.pop(name, None)
