@@ -56,7 +56,7 @@ def _or_ours(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def is_peft_model(model: Any) -> bool:
         if isinstance(model, PeftModel):
             return True
-        from transformers.utils import is_peft_available
+        from transformers.utils.import_utils import is_peft_available
 
         return is_peft_available() and original(model)  # older versions take names of `peft` for granted: see `_always`
 
