@@ -231,7 +231,9 @@ def tuner_for(config: PeftConfig | str) -> TunerSpec:
     kind = config if isinstance(config, str) else config.peft_type
     key = getattr(kind, "value", kind)
     if key not in TUNERS:
+        known = ", ".join(f"`{name}`" for name in TUNERS)
         raise ConfigError(
-            f"`peft_type={key!r}` has no tuner; nearest: {nearest(str(key), TUNERS)}. Nothing was changed."
+            f"`peft_type={key!r}` has no tuner; nearest: {nearest(str(key), TUNERS)}; known: {known}. "
+            "Nothing was changed."
         )
     return TUNERS[key]

@@ -283,6 +283,10 @@ def is_built(kind: str) -> bool:
         return False
 
 
+REQUIRED: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10, "target_modules": ["q"]},
+    "TRAINABLE_TOKENS": {"token_indices": [0]},
+}
 KINDS = [kind for kind in peft.PeftType if is_built(kind.value)]
 
 
@@ -291,8 +295,7 @@ KINDS = [kind for kind in peft.PeftType if is_built(kind.value)]
 def test_the_defaults_of_peft_are_read_without_a_word(kind: Any, tmp_path: Path) -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CLASSES
 
-    fields: dict[str, Any] = {"total_step": 10, "target_modules": ["q"]} if kind.value == "ADALORA" else {}
-    CLASSES[kind](**fields).save_pretrained(str(tmp_path))
+    CLASSES[kind](**REQUIRED.get(kind.value, {})).save_pretrained(str(tmp_path))
     values = json.loads((tmp_path / CONFIG_NAME).read_text())
     assert isinstance(config_from_dict(values), config_class(kind.value))
 
