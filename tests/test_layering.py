@@ -50,6 +50,7 @@ CORE = (
     "targets",
     "sharding",
     "tree",
+    "replicas",
     "plan",
     "ties",
     "unpacking",

@@ -20,7 +20,7 @@ from peftlite.checkpoint.spots import is_companion, spots
 from peftlite.core.inject import facts_of, host_at, innermost
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import InjectionPlan
-from peftlite.core.tree import base_model_of, layers
+from peftlite.core.tree import NOTHING, base_model_of, layers
 from peftlite.errors import CheckpointError, warn
 
 VERSION = 1
@@ -63,18 +63,18 @@ def record_for(planned: InjectionPlan) -> Record:
     for site in planned.sites:
         if not is_companion(site.tuner):
             adapted.setdefault(id(innermost(site.module)), set()).add(site.param)
-    return _record(planned.model, adapted)
+    return _record(planned.model, adapted, planned.instead)
 
 
-def _record(base: nn.Module, adapted: Adapted) -> Record:
-    shapes = json.dumps(sorted(_shapes(base, adapted)), separators=(",", ":"))
+def _record(base: nn.Module, adapted: Adapted, instead: Mapping[int, nn.Module] = NOTHING) -> Record:
+    shapes = json.dumps(sorted(_shapes(base, adapted, instead)), separators=(",", ":"))
     digest = hashlib.sha256(shapes.encode()).hexdigest()
     return Record(type(base).__name__, digest, facts_of(base).vocab_size)
 
 
-def _shapes(base: nn.Module, adapted: Adapted) -> Iterator[tuple[int, ...]]:
+def _shapes(base: nn.Module, adapted: Adapted, instead: Mapping[int, nn.Module]) -> Iterator[tuple[int, ...]]:
     """The canonical shapes of the layers of the same kinds: those whose paths differ in numbers alone."""
-    modules = [spot for spot in spots(base, "") if not isinstance(spot.module, AdapterLayer)]
+    modules = [spot for spot in spots(base, "", instead=instead) if not isinstance(spot.module, AdapterLayer)]
     kinds: dict[str, set[str | None]] = {}
     for spot in modules:
         if id(spot.module) in adapted:

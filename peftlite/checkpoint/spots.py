@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from peftlite.checkpoint.keys import WRAPPER_PARTS
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import InjectionPlan, Site
+from peftlite.core.tree import NOTHING, children
 from peftlite.core.variant import COMPANIONS, TunerSpec
 
 
@@ -28,7 +29,9 @@ class Spot:
     """Whether the adapter in question is, or will be, on it."""
 
 
-def spots(base: nn.Module, name: str, planned: InjectionPlan | None = None) -> Iterator[Spot]:
+def spots(
+    base: nn.Module, name: str, planned: InjectionPlan | None = None, instead: Mapping[int, nn.Module] = NOTHING
+) -> Iterator[Spot]:
     """Every module, each once and parents first: adapter layers with this adapter, layers to come, and base modules."""
     coming: dict[int, list[Site]] = {}
     joined: set[int] = set()
@@ -59,8 +62,8 @@ def spots(base: nn.Module, name: str, planned: InjectionPlan | None = None) -> I
             stack.append(Spot(path, module.wrapped, None, module, adapted or spot.adapted))
             continue
         yield spot
-        children = [Spot(joined_path(spot.path, child), m) for child, m in module._modules.items() if m is not None]
-        stack.extend(reversed(children))
+        below = children(module, instead if planned is None else planned.instead)
+        stack.extend(Spot(joined_path(spot.path, child), inner) for child, inner in reversed(below))
 
 
 def joined_path(path: str, name: str) -> str:

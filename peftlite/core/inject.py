@@ -17,6 +17,7 @@ from peftlite.core.inputs import observe
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.outputs import attach
 from peftlite.core.plan import InjectionPlan, Site
+from peftlite.core.replicas import Replicas, Stack, replicas_for
 from peftlite.core.state import AdapterState, check_adapter_name, check_bias_owner, freeze
 from peftlite.core.targets import (
     Selection,
@@ -31,7 +32,7 @@ from peftlite.core.targets import (
 )
 from peftlite.core.ties import tied_sites
 from peftlite.core.transaction import atomic, put
-from peftlite.core.tree import Place, base_model_of, check_one_state, find_state, places
+from peftlite.core.tree import NOTHING, Place, base_model_of, check_one_state, find_state, places
 from peftlite.core.variant import COMPANIONS, INPUTS, Companion, TunerSpec, tuner_for
 from peftlite.errors import ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError, clipped
 
@@ -54,6 +55,8 @@ class ModelFacts:
     """Before it was changed, if it was."""
     default_targets: Callable[[PeftConfig], None] | None = None
     """Fills in those fields of a config that name modules and are None, with what is usual for this type of model."""
+    stack: Callable[[], Stack | None] | None = None
+    """Its list of layers, if there is one that could be made longer."""
     former: Callable[[Sequence[str]], list[Former]] | None = None
     """Which layers its parameters were before the library fused or renamed them."""
     unloaded: Callable[[bool], None] | None = None
@@ -99,7 +102,8 @@ def plan(
         check_bias_owner(state, config)
     facts = facts_of(base)
     config.base_model_name_or_path = config.base_model_name_or_path or facts.name_or_path
-    found = Found.of(base)
+    replicas = replicas_to_make(base, config, state, facts)
+    found = Found.of(base, replicas or (None if state is None else state.replicas))
     selection = choose(base, config, found, facts)
     parameters = choose_parameters(config, found)
     companions = [(one, choose_companion(one, config, found, facts, selection)) for one in COMPANIONS]
@@ -119,7 +123,20 @@ def plan(
     check_once(sites)
     sites = tied_sites(sites, config, found.sharers, partial(make_module_sites, found, config))
     complete(config, tuner, sites, selection, list(found.places))
-    return InjectionPlan(base, config, adapter_name, tuple(sites), autocast_adapter_dtype)
+    return InjectionPlan(base, config, adapter_name, tuple(sites), autocast_adapter_dtype, replicas)
+
+
+def replicas_to_make(
+    base: nn.Module, config: PeftConfig, state: AdapterState | None, facts: ModelFacts
+) -> Replicas | None:
+    """The longer stack of layers that a config asks for, if the model does not have it yet; attaches nothing.
+
+    Raises: ConfigError, StateError.
+    """
+    present = None if state is None else state.replicas
+    asked = present is None and state is None and config.to_dict().get("layer_replication")
+    stack = facts.stack() if asked and facts.stack is not None else None
+    return replicas_for(config, present, state is None, stack, type(base).__name__)
 
 
 Wanted = tuple[str, "str | None"]  # the path of a module, and the name of its parameter where it is about one
@@ -149,13 +166,16 @@ class Found:
     """id of a module -> its places; one that is in several gets one adapter, in all of them."""
     uses: dict[int, set[int]] = field(default_factory=dict)
     """id of a parameter -> ids of the modules that have it."""
+    replicas: Replicas | None = None
 
     @classmethod
-    def of(cls, base: nn.Module) -> Found:
-        found = cls({place.path: place for place in places(base)}, {})
+    def of(cls, base: nn.Module, replicas: Replicas | None = None) -> Found:
+        """Of a model; with replicas, as it is with these."""
+        instead = NOTHING if replicas is None else replicas.instead
+        found = cls({place.path: place for place in places(base, False, instead)}, {}, replicas=replicas)
         for place in found.places.values():
             found.modules.setdefault(id(place.module), []).append(place)
-        for place in places(base, inside_layers=True):
+        for place in places(base, True, instead):
             if place.path not in found.places:
                 found.inside[place.path] = place
             for parameter in place.module._parameters.values():
@@ -192,10 +212,12 @@ class Found:
         return any(len(self.uses.get(id(one), ())) > 1 or is_borrowed(one) for one in own)
 
     def sharers(self, host: Host) -> list[str]:
-        """The paths of all modules that have the host's parameter."""
+        """The paths of all modules that have the host's parameter, but for those in replicas of its layer."""
         users = self.uses.get(id(host.parameter), ())
         paths = {id(innermost(place.module)): path for path, place in reversed(self.places.items())}
-        return [path for path in self.places if any(paths.get(user) == path for user in users)]
+        own = paths.get(id(host.layer), "")
+        shared = [path for path in self.places if any(paths.get(user) == path for user in users)]
+        return [path for path in shared if self.replicas is None or not self.replicas.apart(own, path)]
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -394,6 +416,9 @@ def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable
     if state is None:
         state = AdapterState(facts_of(base).vocab_size)
         freeze(base)
+    if planned.replicas is not None:
+        planned.replicas.attach()
+        state.change(replicas=planned.replicas)
     attached: dict[str, AdapterLayer] = {}
     for site, values in zip(planned.sites, built, strict=True):
         layer = attached[site.path] = layer_at(site, state)

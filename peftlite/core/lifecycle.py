@@ -348,18 +348,31 @@ def unload(model: nn.Module) -> nn.Module:
 
 def take_out(model: nn.Module, names: Sequence[str], dequantised: bool = False) -> nn.Module:
     """Replace every adapter layer by its base layer, with what is merged, or by the module that stands in for it."""
-    base = base_model_of(model)
+    base, state = base_model_of(model), state_of(model)
     kept: dict[int, nn.Module] = {}
     for place in reversed(layer_places(base)):  # a layer inside another goes first
         if isinstance(place.module, AdapterLayer):
             remains = kept.setdefault(id(place.module), outcome(place.module, names))
             put(place.parent._modules, place.child, remains)
-    detach(base)
-    forget(base)
+    leave(base, state, bool(names))
     unloaded = facts_of(base).unloaded
     if unloaded is not None:
         unloaded(dequantised)
     return base
+
+
+def leave(base: nn.Module, state: AdapterState, merged: bool = False) -> None:
+    """Undo what a model has for the sake of its adapters, now that no layer has any.
+
+    merged: what they did stays in the weights, and so in every layer of a stack that was made longer for them.
+    """
+    detach(base)
+    forget(base)
+    if state.replicas is not None:
+        if merged:
+            state.replicas.part()
+        else:
+            state.replicas.detach()
 
 
 def outcome(layer: AdapterLayer, names: Sequence[str]) -> nn.Module:
@@ -392,8 +405,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         if isinstance(place.module, AdapterLayer) and not place.module.variants:
             put(place.parent._modules, place.child, place.module.wrapped)
     if not state.configs:
-        detach(base)
-        forget(base)
+        leave(base, state)
         return
     if not state.active:
         following = next(iter(state.configs))

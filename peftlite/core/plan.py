@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import nn
 
 from peftlite.core.hosts import Dense, Host
 from peftlite.core.layer import AdapterLayer
+from peftlite.core.replicas import Replicas
 from peftlite.core.residency import near
 from peftlite.core.slots import HALF_DTYPES
-from peftlite.core.tree import Place
+from peftlite.core.tree import NOTHING, Place
 from peftlite.core.variant import Placement, TunerSpec, Variant
 
 _ADAMW_STATES = 2  # first and second moment, each as large as the parameter
@@ -75,6 +76,13 @@ class InjectionPlan:
     adapter_name: str
     sites: tuple[Site, ...]
     autocast_adapter_dtype: bool = True
+    replicas: Replicas | None = None
+    """A longer stack of layers that the model gets first; sites are in it."""
+
+    @property
+    def instead(self) -> Mapping[int, nn.Module]:
+        """For walks over the model as it will be."""
+        return NOTHING if self.replicas is None else self.replicas.instead
 
     def dtype(self, site: Site) -> torch.dtype:
         """The dtype of the adapter's tensors: fp32 on a base in half precision, else the base's own."""

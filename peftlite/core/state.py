@@ -45,6 +45,8 @@ class AdapterState:
         """What runs rows of several adapters together, likewise."""
         self.version = object()
         """Another one whenever something was changed that plans follow from."""
+        self.replicas: Any = None
+        """The longer stack of layers that the model has for as long as it has adapters (`Replicas`), if it has one."""
         self.places = 0
         """How many layers there ever were; each has a place of its own."""
         self.shared: dict[str, BufferSlot] = {}

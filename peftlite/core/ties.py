@@ -13,7 +13,7 @@ from peftlite.core.hosts import EmbeddingHost, Host, is_borrowed
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import Site
 from peftlite.core.transaction import put
-from peftlite.core.tree import base_model_of, layers, named_layers, places
+from peftlite.core.tree import base_model_of, find_state, layers, named_layers, places
 from peftlite.core.variant import TunerSpec
 from peftlite.errors import ConfigError, PeftliteWarning
 
@@ -133,11 +133,14 @@ def untied(
 
     before: who had which parameter.
     """
+    state = find_state(model)
+    replicas = None if state is None else state.replicas
     sharers = {(use.path, use.name): uses for uses in before.values() if len(uses) > 1 for use in uses}
     apart: dict[str, list[str]] = {}
     for path, layer in named_layers(model):
         if layer in changed:
             others = [use for use in sharers.get((path, layer.host.param), ()) if use.path != path]
+            others = [use for use in others if replicas is None or not replicas.apart(path, use.path)]
             unlike = [use.path for use in others if use.present is not layer.host.parameter]
             apart.update({path: unlike} if unlike else {})
     return apart

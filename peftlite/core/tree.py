@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
 
 from torch import nn
 
@@ -38,7 +40,17 @@ class Place:
     module: nn.Module
 
 
-def places(model: nn.Module, inside_layers: bool = False) -> Iterator[Place]:
+NOTHING: Final[Mapping[int, nn.Module]] = MappingProxyType({})
+
+
+def children(module: nn.Module, instead: Mapping[int, nn.Module] = NOTHING) -> list[tuple[str, nn.Module]]:
+    """The children of a module by name. instead: id of a module -> what to see in its place."""
+    return [(name, instead.get(id(child), child)) for name, child in module._modules.items() if child is not None]
+
+
+def places(
+    model: nn.Module, inside_layers: bool = False, instead: Mapping[int, nn.Module] = NOTHING
+) -> Iterator[Place]:
     """Every place below `model`, parents first; of adapter layers, what they wrap only `inside_layers`, slots never."""
     stack = [Place("", model, "", model)]
     while stack:
@@ -52,10 +64,7 @@ def places(model: nn.Module, inside_layers: bool = False) -> Iterator[Place]:
                 stack.append(Place(f"{place.path}.{slot}", module, slot, module.wrapped))
             continue
         prefix = f"{place.path}." if place.path else ""
-        children = [
-            Place(prefix + name, module, name, child) for name, child in module._modules.items() if child is not None
-        ]
-        stack.extend(reversed(children))
+        stack.extend(Place(prefix + name, module, name, child) for name, child in reversed(children(module, instead)))
 
 
 def layer_places(model: nn.Module) -> list[Place]:

@@ -16,6 +16,7 @@ from peftlite.core.tree import places
 from peftlite.errors import ConfigError
 from peftlite.integrations.defaults import default_feedforward, default_targets
 from peftlite.integrations.transformers.former import former_names
+from peftlite.integrations.transformers.layers import stack_of
 from peftlite.integrations.transformers.unloaded import follow_weights
 
 
@@ -36,6 +37,7 @@ def model_facts(model: nn.Module) -> ModelFacts | None:
         vocab_size=getattr(model.config.get_text_config(), "vocab_size", None),
         first_vocab_size=model.__dict__.get(FIRST),
         default_targets=partial(fill_targets, model, model_type or type(model).__name__),
+        stack=partial(stack_of, model),
         former=partial(former_names, model),
         unloaded=partial(follow_weights, model),
     )

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
@@ -29,6 +30,7 @@ from peftlite.tuners.lora.options import (
     LoftQConfig,
     LoraGAConfig,
     LoraRuntimeConfig,
+    check_ranges,
     check_tokens,
     options,
     plain,
@@ -42,7 +44,6 @@ UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
         "megatron_core": "megatron.core",
         "velora_config": None,
         "monteclora_config": None,
-        "layer_replication": None,
         "kasa_config": None,
     }
 )
@@ -173,10 +174,16 @@ class LoraConfig(PeftConfig):
                 continue
             if off or value:
                 raise UnsupportedFeatureError(
-                    f"`{name}` is {show(value)}, but this version does not have that feature yet; "
-                    f"it can only be {show(off)}. Nothing was changed."
+                    f"`{name}` is {show(value)}, but {self._why_unbuilt(name)}; it can only be {show(off)}. "
+                    "Nothing was changed."
                 )
             setattr(self, name, {} if off == {} else off)
+
+    def _why_unbuilt(self, name: str) -> str:
+        package = str(self.megatron_core).partition(".")[0]
+        if name == "megatron_config" and find_spec(package) is None:
+            return f"it is about layers of megatron-core, which is not installed (there is no package `{package}`)"
+        return "this version does not have that feature yet"
 
     def _check_numbers(self) -> None:
         self.r = check_int("r", self.r, 1)
@@ -197,6 +204,7 @@ class LoraConfig(PeftConfig):
 
     def _check_options(self) -> None:
         self.arrow_config = options("arrow_config", self.arrow_config, ArrowConfig)
+        self.layer_replication = check_ranges("layer_replication", self.layer_replication)
         self.use_bdlora = options("use_bdlora", self.use_bdlora, BdLoraConfig)
         for init, name, kind in DATA_DRIVEN:
             given = options(name, getattr(self, name), kind)

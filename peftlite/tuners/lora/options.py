@@ -181,6 +181,24 @@ def check_tokens(field: str, value: object) -> list[int] | None:
     return [check_int(field, token, 0) for token in value] or None
 
 
+def check_ranges(name: str, value: object) -> list[tuple[int, int]] | None:
+    """Ranges [start, end) of layers, none of them empty; None for no ranges.
+
+    Raises: ConfigError.
+    """
+    if value is None or (isinstance(value, (list, tuple)) and not value):
+        return None
+    spans = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else []
+    pairs = [tuple(span) for span in spans if isinstance(span, (list, tuple)) and len(span) == 2]
+    if not spans or len(pairs) < len(spans):
+        raise wrong(name, value, "a list of ranges [start, end) of layers, such as [[0, 4], [2, 5]]")
+    ranges = [(check_int(name, start, 0), check_int(name, end, 1)) for start, end in pairs]
+    empty = next((span for span in ranges if span[0] >= span[1]), None)
+    if empty is not None:
+        raise wrong(name, value, f"a list of ranges that are not empty, which `{list(empty)}` is")
+    return ranges
+
+
 def plain(value: Any) -> Any:
     """The value of a field as files have it."""
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
