@@ -18,7 +18,7 @@ from typing import Any, Final
 from torch import nn
 
 from peftlite.checks import show
-from peftlite.core.transaction import keep, on_failure, put
+from peftlite.core.transaction import on_failure, put
 from peftlite.errors import ConfigError, StateError
 
 Ranges = Sequence[Sequence[int]]
@@ -72,6 +72,12 @@ class Replicas:
                 f"`layer_replication` has `{beyond}`, and `{stack.path}` has {count} layers: the end of a range can be "
                 f"at most `{count}`. Nothing was changed."
             )
+        total = sum(end - start for start, end in ranges)
+        if total > MAX_LAYERS:
+            raise ConfigError(
+                f"`layer_replication` asks for `{total}` layers, and `{stack.path}` has {count}: more than {MAX_LAYERS} "
+                "layers are not made. Nothing was changed."
+            )
         order = [layer for start, end in ranges for layer in range(start, end)]
         copies = [
             numbered(copy_of(stack.layers[layer], stack.common), stack.number, at) for at, layer in enumerate(order)
@@ -105,6 +111,7 @@ class Replicas:
                 follow(layer, found[numbers.index(number)])
             elif found:
                 stay_near(layer, found[0])
+        put(self.original.__dict__, "training", self.layers.training)
         put(self.stack.owner._modules, self.stack.name, self.original)
         set_all(self.stack.settings, self.before)
 
@@ -202,13 +209,14 @@ def follow(layer: nn.Module, copied: nn.Module) -> None:
             put(mine._parameters, name, parameter)
         for name, buffer in theirs._buffers.items():
             put(mine._buffers, name, buffer)
-        keep(mine.__dict__, "training")
-        mine.training = theirs.training
+        put(mine.__dict__, "training", theirs.training)
 
 
 def stay_near(layer: nn.Module, other: nn.Module) -> None:
     """Move a layer that was in no stack meanwhile to where another one is."""
     mine, theirs = (next(iter(one.parameters()), None) for one in (layer, other))
     if mine is not None and theirs is not None and mine.device != theirs.device:
+        on_failure(partial(layer.to, mine.device))
         layer.to(theirs.device)
-    layer.train(other.training)
+    for module in layer.modules():
+        put(module.__dict__, "training", other.training)

@@ -292,7 +292,7 @@ def test_combinations_conversions_and_ties_know_the_repeated_layers(tmp_path: Pa
     ("ranges", "said"),
     [
         ([(0, 3)], r"`\[0, 3\]`, and `model.layers` has 2 layers.*at most `2`"),
-        ([(0, 2)] * 6000, "more than 10000 layers"),
+        ([(0, 2)] * 6000, "asks for `12000` layers.*more than 10000"),
     ],
     ids=["beyond", "masses"],
 )
