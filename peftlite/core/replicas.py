@@ -75,8 +75,8 @@ class Replicas:
         total = sum(end - start for start, end in ranges)
         if total > MAX_LAYERS:
             raise ConfigError(
-                f"`layer_replication` asks for `{total}` layers, and `{stack.path}` has {count}: more than {MAX_LAYERS} "
-                "layers are not made. Nothing was changed."
+                f"`layer_replication` asks for `{total}` layers, and `{stack.path}` has {count}: more than "
+                f"{MAX_LAYERS} are not made. Nothing was changed."
             )
         order = [layer for start, end in ranges for layer in range(start, end)]
         copies = [
