@@ -38,6 +38,7 @@ CORE = (
     "former",
     "hosts",
     "packed",
+    "written",
     "residency",
     "variant",
     "call",

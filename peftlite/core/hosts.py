@@ -108,6 +108,11 @@ class Host:
         return getattr(self.layer, self.bias_param, None)
 
     @property
+    def written(self) -> tuple[str, ...]:
+        """What the layer calls the parameters that merging writes."""
+        return (self.param,) if self.bias is None else (self.param, self.bias_param)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Canonical shape `[*batch, out, in, *kernel]`."""
         return tuple(self.canonical(self.parameter).shape)

@@ -26,9 +26,10 @@ from peftlite.core.state import BASE, AdapterState
 from peftlite.core.tied import TiedLayer
 from peftlite.core.transaction import atomic, drop, keep, put
 from peftlite.core.variant import Bank, Program, TunerSpec, Variant
+from peftlite.core.written import differ
 from peftlite.errors import StateError
 
-_DERIVED = ("_program", "_host", "_owner")
+_DERIVED = ("_program", "_host", "_owner", "_stamp")
 
 
 class AdapterLayer(TiedLayer):
@@ -176,6 +177,38 @@ class AdapterLayer(TiedLayer):
             for suffix, attribute, _ in slot.suffixes(container[adapter_name]) if adapter_name in container else ():
                 found[suffix] = f"{slot.name}.{adapter_name}.{attribute}".rstrip(".")
         return found
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged_adapters:
+            self._check_loadable(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_loadable(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Refuse a state dict with other values for what is merged here: to unmerge would lose them, or none see them.
+
+        Raises: StateError.
+        """
+        ours = self.base_tensors(prefix)
+        for name in self.merged_adapters:
+            tensors, places = self.tensors(name), self.adapter_state_dict_load_map(name)
+            ours |= {f"{prefix}{places[suffix]}": tensor for suffix, tensor in tensors.items()}
+        if (
+            key := next((key for key in ours if key in state_dict and differ(ours[key], state_dict[key])), None)
+        ) is None:
+            return
+        names = ", ".join(f"`{name}`" for name in self.merged_adapters)
+        raise StateError(
+            f"`{key}` of a state dict has other values than the model, where {names} is merged: they may be the base "
+            "layer's own, or have adapters in them. Unmerge, load, and merge again. Nothing was changed in this layer."
+        )
+
+    def base_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Key in a state dict -> tensor, of what adapters are merged into."""
+        module: Any = self
+        while isinstance(module, AdapterLayer):
+            prefix, module = f"{prefix}{module.tuner.base_slot}.", module.wrapped
+        own = module._parameters
+        return {f"{prefix}{name}": own[name] for name in self.host.written if name in own}
 
     @atomic
     def assign(self, name: str, suffix: str, tensor: Tensor) -> None:
@@ -326,7 +359,7 @@ class AdapterLayer(TiedLayer):
         for module in self._modules.values():
             if isinstance(module, ParameterSlot):
                 module.__dict__["on_write"] = self.unbind
-        self.__dict__.update(_host=None, _owner=None)
+        self.__dict__.update(_host=None, _owner=None, _stamp=None)
         self.unbind()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -273,6 +273,7 @@ def remerge(
     steps.sort(key=lambda step: bool(step[0].leaders))  # leaders first
     for layer, _, after in steps:
         layer.check_kept(after)
+        layer.check_unwritten(after)
     for layer, _, _ in reversed(steps):
         on_failure(layer.back())  # leaders first, again, whose weights the others take over
     for layer, _, after in steps:

@@ -19,6 +19,7 @@ from peftlite.core.slots import View
 from peftlite.core.state import AdapterState
 from peftlite.core.transaction import atomic, keep, on_failure, put
 from peftlite.core.variant import Variant
+from peftlite.core.written import Stamp, holds, stamp, written_since
 from peftlite.errors import MergeError, StateError
 
 Undo = Literal["device", "cpu"] | None
@@ -47,6 +48,8 @@ class MergingLayer(ScalingLayer):
     _saved: Any
     _fixed: tuple[str, ...]
     _undo: Undo
+    _stamp: Stamp | None
+    """What the base layer's parameters were when adapters were last merged into them; copies have none."""
     _own_active: tuple[str, ...] | None
     _own_enabled: bool | None
     _owner: MergingLayer | None
@@ -192,6 +195,7 @@ class MergingLayer(ScalingLayer):
         """
         names = list(names)
         self.check_kept(names)
+        self.check_unwritten(names)
         if names != self.merged_adapters:
             on_failure(self.back())
             self._hold(names)
@@ -215,8 +219,27 @@ class MergingLayer(ScalingLayer):
                 if self._saved is None:
                     self.__dict__["_saved"] = self._save(names, away)
                 self._write_merged(names)
+                self.__dict__["_stamp"] = stamp(self.host)
         finally:
             self.unbind()
+
+    def check_unwritten(self, names: Sequence[str]) -> None:
+        """Refuse to make a weight that holds exactly `names`, if that would take what was written over the present one.
+
+        Counters say whether anything was; it may have been what was there, so that the numbers decide.
+
+        Raises: StateError.
+        """
+        saved: Saved | None = self._saved
+        if saved is None or self._stamp is None or list(names) == self.merged_adapters:
+            return
+        if written_since(self._stamp, stamp(self.host)) and not self._holds(self.merged_adapters, saved):
+            raise StateError(
+                f"The weight of {type(self.get_base_layer()).__name__} was written to while "
+                f"{', '.join(f'`{name}`' for name in self.merged_adapters)} was merged into it, or that adapter was: "
+                "to unmerge would put the base layer's own bytes back and lose that. Write what was there before, or "
+                "take the weights as they are with `merge_and_unload()`. Nothing was changed."
+            )
 
     def check_kept(self, names: Sequence[str]) -> None:
         """Refuse to make a weight that holds exactly `names`, if that would take the base layer's own bytes.
@@ -272,6 +295,12 @@ class MergingLayer(ScalingLayer):
             self.host.restore(saved)
             self.__dict__["_saved"] = None
         self.__dict__.update(merged_adapters=names, merge_error=error)
+
+    @torch.no_grad()
+    def _holds(self, names: Sequence[str], saved: Saved) -> bool:
+        """Whether the weight is what merging `names` gives."""
+        blocks = self._merged_blocks(self._more(names), saved)
+        return all(holds(self.host.read(None, rows), dense) for rows, dense in blocks)
 
     def _merged_blocks(self, names: Sequence[str], saved: Saved | None) -> Iterator[tuple[slice, Dense]]:
         """(rows, their weight and bias with `names` merged), over the whole weight."""
