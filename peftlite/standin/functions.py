@@ -23,7 +23,7 @@ from peftlite.core import lifecycle
 from peftlite.core.slots import HALF_DTYPES
 from peftlite.core.targets import TargetSpec, select
 from peftlite.core.tree import base_model_of, layers
-from peftlite.errors import PeftliteWarning
+from peftlite.errors import PeftliteWarning, UnsupportedFeatureError
 from peftlite.model import entry
 from peftlite.model.wrapper import TASK_MODELS
 from peftlite.standin.kinds import BaseTunerLayer
@@ -115,7 +115,16 @@ def check_target_module_exists(config: PeftConfig, key: str) -> bool:
 def build_peft_weight_mapping(
     weight_conversions: Sequence[Any] | None, adapter_name: str, peft_config: PeftConfig | None = None
 ) -> list[Any]:
-    """How transformers is to convert an adapter's keys: not at all, since peftlite reads adapters' files itself."""
+    """Never called by transformers, whose `load_adapter` asks for it: that of peftlite converts what it reads itself.
+
+    Raises: UnsupportedFeatureError, if there are conversions.
+    """
+    if weight_conversions:
+        raise UnsupportedFeatureError(
+            f"`build_peft_weight_mapping` of {len(weight_conversions)} conversions, for the adapter `{adapter_name}`: "
+            "`peftlite.load_adapter` and `model.load_adapter` convert files from before a model's layers were fused or "
+            "renamed themselves. Nothing was changed."
+        )
     return []
 
 

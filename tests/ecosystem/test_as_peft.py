@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import subprocess
 import sysconfig
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peftlite.standin.table import MODULES, names_of
+from peftlite.standin.tolerance import DEFAULTS
 from tests.ecosystem.programs import QUIET, needs_libraries, program, run
 
 
@@ -78,6 +83,14 @@ def test_what_is_not_there_says_so() -> None:
                 kind()
             except peftlite.errors.UnsupportedFeatureError as error:
                 assert kind.__name__ in str(error)
+        from peft.utils.transformers_weight_conversion import build_peft_weight_mapping
+        assert build_peft_weight_mapping(None, "default") == []
+        try:
+            build_peft_weight_mapping([object()], "default")
+        except peftlite.errors.UnsupportedFeatureError as error:
+            assert "`peftlite.load_adapter`" in str(error)
+        else:
+            raise AssertionError
         assert issubclass(peft.PrefixTuningConfig, peft.PromptLearningConfig)
         """
     )
@@ -163,6 +176,17 @@ def test_late_for_transformers_is_repaired() -> None:
 
 
 # ---- what PEFT tolerates
+@pytest.mark.parametrize("place", DEFAULTS)
+def test_the_defaults_that_change_are_of_keyword_only_arguments(place: str) -> None:
+    """Also of functions that are decorated, now or later: the signature is that of the function inside."""
+    module, _, path = place.partition(":")
+    found: Any = reduce(getattr, path.split("."), importlib.import_module(module))
+    argument, value = DEFAULTS[place]
+    parameter = inspect.signature(found).parameters[argument]
+    assert parameter.kind is parameter.KEYWORD_ONLY
+    assert parameter.default not in (value, parameter.empty)
+
+
 def test_what_peft_tolerates_is_a_warning() -> None:
     program(
         """

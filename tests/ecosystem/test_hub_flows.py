@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from peftlite import LoraConfig
 from tests.ecosystem.hub_server import TOKEN, Hub, Repo, serving
 from tests.ecosystem.programs import program
+from tests.models import tiny
 
 SETUP = """
     import os, sys, torch, transformers, peftlite
@@ -134,3 +138,77 @@ def test_cache_offline_and_downloads_that_break_off(hub: Hub, client: dict[str, 
         **{**client, "HF_HUB_OFFLINE": "1"},
     )
     assert len(hub.requests) == asked
+
+
+def test_the_trainer_pushes_both_shapes(hub: Hub, client: dict[str, str], tmp_path: Path) -> None:
+    program(
+        SETUP,
+        f"""
+        from transformers import Trainer, TrainingArguments
+
+        def push(name, model):
+            args = TrainingArguments(
+                {str(tmp_path)!r} + "/" + name, max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+                disable_tqdm=True, push_to_hub=True, hub_token={TOKEN!r}, hub_model_id=f"me/{{name}}",
+            )
+            rows = [{{"input_ids": TOKENS[0], "labels": TOKENS[0]}}] * 2
+            trainer = Trainer(model=model, args=args, train_dataset=rows)
+            trainer.train()
+            trainer.push_to_hub()
+            return logits(model.eval())
+
+        first = push("wrapped", trained())
+        assert torch.equal(first, push("in-place", trained().unwrap()))
+        for name in ("wrapped", "in-place"):
+            assert torch.equal(logits(peftlite.PeftModel.from_pretrained(base(), f"me/{{name}}")), first)
+        """,
+        **client,
+    )
+    for name in ("wrapped", "in-place"):
+        repo = hub.repos[f"me/{name}"]
+        files = set(repo.commits[repo.refs["main"]])
+        assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "training_args.bin"} <= files
+        assert not {"model.safetensors", "config.json"} & files
+
+
+def test_the_id_of_an_adapter_is_enough(hub: Hub, client: dict[str, str], tmp_path: Path) -> None:
+    """The base model is another repository, which the adapter names, with commits of its own."""
+    model: Any = tiny("llama")
+    model.save_pretrained(tmp_path / "base")
+    model.add_adapter(LoraConfig(base_model_name_or_path="some/base", task_type="CAUSAL_LM"))
+    for name in ("1", "2"):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        model.save_pretrained(tmp_path / name)
+    files = {
+        name: {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("base", "1", "2")
+    }
+    hub.repos.update({"some/base": Repo(), "some/adapter": Repo()})
+    hub.repos["some/base"].commit("main", files["base"])
+    hub.repos["some/adapter"].commit("main", files["1"])
+    hub.repos["some/adapter"].commit("v2", files["2"])
+    program(
+        SETUP,
+        f"""
+        def loaded(kind, name="some/adapter", **options):
+            return logits(kind.from_pretrained(name, **options).eval())
+
+        Base = transformers.LlamaForCausalLM.from_pretrained("some/base")
+        Base.load_adapter({str(tmp_path / "1")!r})
+        expected = logits(Base)
+        kinds = (
+            peftlite.AutoPeftModelForCausalLM, peftlite.AutoPeftModel,
+            transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM,
+        )
+        for kind in kinds:
+            assert torch.equal(expected, loaded(kind)), kind
+        second = loaded(peftlite.AutoPeftModel, revision="v2")
+        assert not torch.equal(expected, second)
+        for kind in kinds[2:]:
+            assert torch.equal(second, loaded(kind, adapter_kwargs={{"revision": "v2"}}))
+        refused(lambda: loaded(peftlite.AutoPeftModelForSeq2SeqLM), peftlite.errors.ConfigError, "CAUSAL_LM")
+        """,
+        **client,
+    )

@@ -80,6 +80,8 @@ def hub_options(given: Mapping[str, Any], extra: Mapping[str, Any], base: Any) -
     known = {field.name for field in fields(HubOptions)}
     check_known(extra, known)
     named: dict[str, Any] = {**(getattr(base, "download_kwargs", None) or {}), **(extra.get("download_kwargs") or {})}
+    if named.get("revision") is not None:
+        named["revision"] = str(named["revision"])  # may know a commit too, and that is one of the base model's
     named.update(given.get("adapter_kwargs") or {})
     named.update((key, value) for key, value in extra.items() if key in known)
     named.update((key, given[key]) for key in known if given.get(key))
