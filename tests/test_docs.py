@@ -1,6 +1,8 @@
 """Every Python block of the README and of docs/ runs, in order, the blocks of one page in one namespace.
 
 A block that cannot run is tagged `python no-run` and begins with a comment that says why: `# not run: it asks the hub`.
+A page that begins with `import peftlite.as_peft` runs in a process of its own. Blocks inside `<!-- -->` run, and are
+not shown: they make what a page takes for granted.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from typing import Any
 import pytest
 
 import peftlite
+from tests.ecosystem.programs import QUIET, needs_libraries
+from tests.ecosystem.programs import run as run_python
 
 ROOT = Path(__file__).parent.parent
+STANDS_IN = "import peftlite.as_peft\n"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```python[ \t]*(?P<tags>[^\n]*)\n(?P<code>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 REASON = "# not run: "
@@ -53,7 +58,33 @@ def runs_today(page: Path) -> bool:
     return "save_adapter" in peftlite.__all__ or not blocks(page.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES if runs_today(p)])
+def script(page: Path) -> str:
+    """The page's blocks as one program, each on its own lines."""
+    lines: list[str] = []
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if block.runs:
+            lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
+    return "\n".join(lines)
+
+
+def stands_in(page: Path) -> bool:
+    """Whether peftlite stands in for `peft` on this page, which cannot be undone in a process."""
+    return next((block.code for block in blocks(page.read_text(encoding="utf-8"))), "").startswith(STANDS_IN)
+
+
+HERE = [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES if runs_today(p) and not stands_in(p)]
+APART = [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES if stands_in(p)]
+
+
+@needs_libraries
+@pytest.mark.parametrize("page", APART)
+def test_the_code_of_a_page_runs_in_the_stand_in(page: Path, tmp_path: Path) -> None:
+    program = tmp_path / "page.py"
+    program.write_text(script(page), encoding="utf-8")
+    run_python([*QUIET, str(program)], cwd=tmp_path)
+
+
+@pytest.mark.parametrize("page", HERE)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run(page)

@@ -135,8 +135,8 @@ def hotswap(first: str, second: str) -> None:
     assert np.array_equal(image(pipe), b)
 
 
-with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-    adapters(one, two)
-with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-    hotswap(one, two)
-print("done")
+if __name__ == "__main__":
+    for use in (adapters, hotswap):
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+            use(one, two)
+    print("done")
