@@ -16,7 +16,8 @@ from peftlite.config import PeftConfig
 from peftlite.core.former import Former
 from peftlite.core.hosts import ParamHost
 from peftlite.core.inject import Found, choose_parameters, facts_of, host_at, is_linear
-from peftlite.core.targets import TargetSpec, ending, entries_for, is_all_linear, match_pattern, select
+from peftlite.core.targets import TargetSpec, absent, ending, entries_for, is_all_linear, match_pattern, select
+from peftlite.core.tree import places
 from peftlite.errors import CheckpointError, ConfigError, PeftliteWarning
 from peftlite.tuners.lora.config import LoraConfig
 
@@ -62,13 +63,11 @@ def brought_up_to_date(base: nn.Module, config: PeftConfig) -> None:
     """
     if not isinstance(config, LoraConfig) or config.kind is not LoraConfig.kind or not config.target_modules:
         return
-    found, spec = Found.of(base), TargetSpec.from_config(config)
-    everything = is_all_linear(config.target_modules)
-    if not isinstance(config.target_modules, str) and not any(
-        entry.field == "target_modules" for entry in select(found.places, spec).unmatched
-    ):
+    names_alone = not isinstance(config.target_modules, str)
+    if names_alone and not absent(config.target_modules, (place.path for place in places(base))):
         return
-    old = Old.of(base, config, found, set())
+    everything = is_all_linear(config.target_modules)
+    old = Old.of(base, config, Found.of(base), set())
     names = {ending(path, 1) for path in old.modules}
     asked = [one for one in old.fused if everything or not {ending(p.path, 1) for p in one.pieces} & names]
     for one in asked:

@@ -281,6 +281,8 @@ class Blueprint:
             for slot in site.tuner.slots:
                 if slot.name in values:
                     wanted += sum(tensor.numel() for _, _, tensor in slot.suffixes(values[slot.name]))
+        if wanted - filled <= _FREE:
+            return
         own = sum(parameter.numel() for parameter in self.planned.model.parameters())
         if wanted - filled > own + _FREE:
             raise CheckpointError(

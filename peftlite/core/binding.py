@@ -9,6 +9,7 @@ from itertools import combinations
 from torch import nn
 
 from peftlite.core.call import Programs
+from peftlite.core.layer import AdapterLayer
 from peftlite.core.slots import View
 from peftlite.core.state import AdapterState, bias_of
 from peftlite.core.transaction import on_failure
@@ -24,27 +25,34 @@ def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> N
     """Make `names` the active adapters of the whole model; overrides set on single layers end."""
     touched = {*state.active, *names}
     state.change(active=names)
-    for layer in layers(model):
+    found = list(layers(model))
+    for layer in found:
         if layer.irregular:
             touched.update(layer.variants)
         layer.clear_overrides()
-    sync(model, state, touched)
-    rebind(model, state)
+    sync(model, state, touched, found)
+    rebind(model, state, found)
 
 
-def sync(model: nn.Module, state: AdapterState, names: Iterable[str]) -> None:
-    """Have the state write `requires_grad` for `names`, base biases that they own included."""
+def sync(
+    model: nn.Module, state: AdapterState, names: Iterable[str], found: Sequence[AdapterLayer] | None = None
+) -> None:
+    """Have the state write `requires_grad` for `names`, base biases that they own included.
+
+    found: the model's layers, if they are known.
+    """
     known = [name for name in names if name in state.configs]
     biases = [(name, p) for name in known for p in base_biases(model, bias_of(state.configs[name]), name)]
-    state.sync(layers(model), known, biases)
+    state.sync(layers(model) if found is None else found, known, biases)
 
 
-def rebind(model: nn.Module, state: AdapterState) -> None:
+def rebind(model: nn.Module, state: AdapterState, found: Sequence[AdapterLayer] | None = None) -> None:
     """Bind every layer's program for what is active now; layers with an override of their own keep theirs."""
     on_failure(partial(unbind, model, state))
     names = state.active if state.enabled else ()
-    programs = plan_programs(model, state, names)
-    for layer in layers(model):
+    found = list(layers(model)) if found is None else found
+    programs = plan_programs(found, state, names)
+    for layer in found:
         if not layer.irregular:
             layer.bind(programs.get(layer.place) or layer.program(names))
 
@@ -56,11 +64,12 @@ def unbind(model: nn.Module, state: AdapterState) -> None:
         layer.unbind()
 
 
-def plan_programs(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> Programs:
+def plan_programs(found: nn.Module | Sequence[AdapterLayer], state: AdapterState, names: tuple[str, ...]) -> Programs:
     """What each layer runs for these adapters; kept until a layer changes."""
     plan = state.plans.get(names)
     if plan is None:
-        plan = {layer.place: layer.program(names) for layer in layers(model)}
+        found = list(layers(found)) if isinstance(found, nn.Module) else found
+        plan = {layer.place: layer.program(names) for layer in found}
         if len(state.plans) >= _MAX_PLANS:
             state.plans.clear()
         state.plans[names] = plan

@@ -172,12 +172,14 @@ class Found:
     def of(cls, base: nn.Module, replicas: Replicas | None = None) -> Found:
         """Of a model; with replicas, as it is with these."""
         instead = NOTHING if replicas is None else replicas.instead
-        found = cls({place.path: place for place in places(base, False, instead)}, {}, replicas=replicas)
-        for place in found.places.values():
-            found.modules.setdefault(id(place.module), []).append(place)
+        found, inside = cls({}, {}, replicas=replicas), "" if isinstance(base, AdapterLayer) else None
         for place in places(base, True, instead):
-            if place.path not in found.places:
+            if inside is not None and place.path.startswith(inside):
                 found.inside[place.path] = place
+            else:
+                inside = f"{place.path}." if isinstance(place.module, AdapterLayer) else None
+                found.places[place.path] = place
+                found.modules.setdefault(id(place.module), []).append(place)
             for parameter in place.module._parameters.values():
                 if parameter is not None:
                     found.uses.setdefault(id(parameter), set()).add(id(place.module))

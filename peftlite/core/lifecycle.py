@@ -269,7 +269,8 @@ def remerge(
 
     Gives the layers that changed.
     """
-    steps = [(layer, list(layer.merged_adapters), wanted(layer)) for layer in layers(model)]
+    found = ((layer, list(layer.merged_adapters), wanted(layer)) for layer in layers(model))
+    steps = [step for step in found if step[1] or step[2]]
     steps.sort(key=lambda step: bool(step[0].leaders))  # leaders first
     for layer, _, after in steps:
         layer.check_kept(after)

@@ -241,7 +241,7 @@ def build_linear(in_features: int, out_features: int, weight: Tensor, bias: Tens
     """An `nn.Linear` around existing tensors, without running its initialiser. weight: (out, in)."""
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
-    linear.in_features, linear.out_features = in_features, out_features
+    linear.__dict__.update(in_features=in_features, out_features=out_features)
     linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     linear._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return linear
@@ -249,10 +249,10 @@ def build_linear(in_features: int, out_features: int, weight: Tensor, bias: Tens
 
 def parameters_in(value: SlotValue | None) -> Iterator[nn.Parameter]:
     """The parameters of one slot value (a module, a parameter, or nothing)."""
-    if isinstance(value, nn.Parameter):
+    if isinstance(value, nn.Module):
+        yield from value.parameters() if value._modules else [p for p in value._parameters.values() if p is not None]
+    elif isinstance(value, nn.Parameter):
         yield value
-    elif isinstance(value, nn.Module):
-        yield from value.parameters()
 
 
 def replace_tensor(container: SlotContainer, name: str, attribute: str, tensor: Tensor) -> None:

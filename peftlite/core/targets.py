@@ -196,12 +196,25 @@ def _name_or_entries(value: Any) -> tuple[str, ...] | str:
 
 def _starts(path: str) -> list[int]:
     """Where the names in a path begin."""
-    return [0, *(i + 1 for i, c in enumerate(path) if c == ".")]
+    starts = [0]
+    while start := path.find(".", starts[-1]) + 1:
+        starts.append(start)
+    return starts
 
 
-def _ends(path: str) -> Iterator[str]:
+def _ends(path: str) -> list[str]:
     """`a.b.c`, `b.c`, `c`."""
-    return (path[start:] for start in _starts(path))
+    return [path[start:] for start in _starts(path)]
+
+
+def absent(names: Iterable[str], paths: Iterable[str]) -> set[str]:
+    """Those of the names that no path is, or ends with after a dot; looks no further once there are none."""
+    left = set(names)
+    for path in paths:
+        if not left:
+            break
+        left.difference_update(_ends(path))
+    return left
 
 
 @dataclass(frozen=True)
@@ -248,12 +261,12 @@ def _target_test(names: tuple[str, ...] | str, linear: Collection[str] = ()) -> 
     if isinstance(names, str):
         return bounded(names).fullmatch
     wanted = frozenset(names)
-    return lambda path: any(end in wanted for end in _ends(path))
+    return lambda path: not wanted.isdisjoint(_ends(path))
 
 
 def _not_below(roots: tuple[str, ...]) -> Callable[[str], bool]:
     taken = frozenset(roots)
-    return lambda path: not any(parent in taken for parent in _parents(path))
+    return lambda path: not taken or not any(parent in taken for parent in _parents(path))
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -327,8 +340,8 @@ def _unmatched_names(
         if not any(test(path) for path in pool):
             yield Unmatched(field, names, pool)
         return
-    known = {end for path in pool for end in _ends(path)}
-    yield from (Unmatched(field, name, pool) for name in names if name not in known)
+    unknown = absent(names, pool)
+    yield from (Unmatched(field, name, pool) for name in names if name in unknown)
 
 
 def _ends_like(entry: str, paths: Iterable[str], most: int = 1000) -> list[str]:

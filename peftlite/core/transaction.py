@@ -111,11 +111,19 @@ def keep_values(*tensors: Tensor) -> None:
 
 
 def evaluate(model: nn.Module) -> None:
-    """`model.eval()`, to be taken back."""
-    for module in model.modules():
+    """`model.eval()`, to be taken back; without visiting what has no children and is in eval mode already."""
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if type(module).train is not nn.Module.train:  # a method of its own, which may do more
+            for one in module.modules():
+                keep(one.__dict__, "training")
+            module.train(False)
+            continue
         if module.training:
             keep(module.__dict__, "training")
-    model.eval()
+            module.training = False
+        stack += [m for m in module._modules.values() if m is not None and (m.training or m._modules)]
 
 
 def put(mapping: dict[str, Any], key: str, value: Any) -> None:

@@ -87,7 +87,7 @@ def layers(model: nn.Module) -> Iterator[AdapterLayer]:
             yield module
             stack.append(module.wrapped)
         else:
-            stack.extend(child for child in reversed(module._modules.values()) if child is not None)
+            stack.extend(child for child in reversed(module._modules.values()) if child is not None and child._modules)
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
@@ -115,10 +115,10 @@ def check_one_state(model: nn.Module) -> None:
 
     Raises: StateError.
     """
-    owners: dict[int, str] = {}
-    for path, layer in named_layers(model):
-        owners.setdefault(id(layer.state), path)
-    if len(owners) > 1:
+    if len({id(layer.state) for layer in layers(model)}) > 1:
+        owners: dict[int, str] = {}
+        for path, layer in named_layers(model):
+            owners.setdefault(id(layer.state), path)
         first, second, *_ = owners.values()
         raise StateError(
             f"`{first}` and `{second}` belong to models that were given adapters apart from each other: call this on "

@@ -1,0 +1,134 @@
+"""What a call does must not grow with the number of adapters that a model has: counted in calls, not in time."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftlite
+from peftlite.core.tree import places
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0, self.lin1 = nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lin1(self.lin0(x))
+        return y
+
+
+FEW, MANY = 3, 40
+LORA: dict[str, Any] = {"r": 2, "target_modules": ["lin0", "lin1"], "lora_dropout": 0.1}
+
+
+def calls(action: Callable[[], object]) -> int:
+    """How many functions, of Python and of C, are called by an action."""
+    count = 0
+
+    def note(frame: Any, event: str, arg: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    gc.collect()
+    gc.disable()
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+        gc.enable()
+    return count
+
+
+def crowd(count: int) -> peftlite.PeftModel:
+    model = peftlite.get_peft_model(Mlp(), peftlite.LoraConfig(**LORA), "n0")
+    for k in range(1, count):
+        model.add_adapter(f"n{k}", peftlite.LoraConfig(**LORA))
+    return model.eval()
+
+
+def rows(model: nn.Module) -> object:
+    with peftlite.use_adapter_per_row(model, ["n0", "n1"]):
+        return model(torch.zeros(2, 16))
+
+
+def forward(model: nn.Module) -> object:
+    with peftlite.use_adapter(model, "n1"):
+        return model(torch.zeros(2, 16))
+
+
+ACTIONS: dict[str, Callable[[Any, Path], object]] = {
+    "add_adapter": lambda model, file: model.add_adapter("new", peftlite.LoraConfig(**LORA)),
+    "set_adapter": lambda model, file: model.set_adapter("n1"),
+    "load_adapter": lambda model, file: model.load_adapter(file, "new"),
+    "delete_adapter": lambda model, file: model.delete_adapter("n2"),
+    "get_peft_model_state_dict": lambda model, file: peftlite.get_peft_model_state_dict(model, adapter_name="n1"),
+    "save_pretrained": lambda model, file: model.save_pretrained(file.parent / "out", selected_adapters=["n1"]),
+    "use_adapter": lambda model, file: forward(model),
+    "use_adapter_per_row": lambda model, file: rows(model),
+    "disable_adapter_layers": lambda model, file: model.disable_adapter_layers(),
+}
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_the_work_does_not_grow_with_the_number_of_adapters(name: str, tmp_path: Path) -> None:
+    crowd(2).save_pretrained(tmp_path / "file", selected_adapters=["n0"])
+    found: list[int] = []
+    for count in (FEW, FEW, MANY):  # the first fills caches
+        (folder := tmp_path / f"{len(found)}").mkdir()
+        (tmp_path / "file" / "n0").rename(folder / "n0")
+        model = crowd(count)
+        ACTIONS[name](model, folder / "n0")
+        model = crowd(count)
+        found.append(calls(lambda m=model, f=folder / "n0": ACTIONS[name](m, f)))
+        (folder / "n0").rename(tmp_path / "file" / "n0")
+    assert found[2] <= found[1] + (MANY - FEW), f"{name}: {found[1]} calls with {FEW} adapters, {found[2]} with {MANY}"
+
+
+def test_a_plan_walks_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    walks = []
+
+    def counted(model: nn.Module, *options: Any) -> Any:
+        walks.append(model)
+        return places(model, *options)
+
+    monkeypatch.setattr("peftlite.core.inject.places", counted)
+    peftlite.plan(Mlp(), peftlite.LoraConfig(**LORA))
+    assert len(walks) == 1
+
+
+def test_eval_mode_reaches_modules_that_were_put_into_training_alone(tmp_path: Path) -> None:
+    model = crowd(3)
+    model.save_pretrained(tmp_path, selected_adapters=["n0"])
+    lone = model.get_submodule("base_model.model.lin0.lora_dropout.n1").train()
+    model.load_adapter(tmp_path / "n0", "new")
+    assert not lone.training
+    assert not any(module.training for module in model.modules())
+
+
+def test_eval_mode_is_asked_of_modules_that_have_a_way_of_their_own(tmp_path: Path) -> None:
+    class Own(nn.Linear):
+        asked: list[bool] = []  # noqa: RUF012
+
+        def train(self, mode: bool = True) -> Own:
+            self.asked.append(mode)
+            return super().train(mode)
+
+    base = Mlp()
+    base.own = Own(4, 4)
+    model = peftlite.get_peft_model(base, peftlite.LoraConfig(**LORA))
+    model.save_pretrained(tmp_path)
+    Own.asked.clear()
+    model.load_adapter(tmp_path, "new")
+    assert Own.asked == [False]
+    assert not any(module.training for module in model.modules())
