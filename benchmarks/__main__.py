@@ -1,71 +1,72 @@
-"""Run the benchmarks and write `docs/performance.md` with its plots: `python -m benchmarks [theme ...] [--quick]`."""
+"""Run the benchmarks and write `docs/performance.md` with its pictures: `python -m benchmarks [theme ...]`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import platform
 import sys
+import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks import harness
-from benchmarks.harness import Row, table
+from benchmarks import page
+from benchmarks.harness import IMPLEMENTATIONS, Curve, Row, Settings
 
-THEMES = ("imports", "life", "layer", "merge", "mixed", "graphs")
+THEMES = ("imports", "injection", "files", "calls", "training", "merging", "mixed", "graphs", "growth")
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 
-def run(themes: tuple[str, ...] = THEMES, quick: bool = False) -> list[Row]:
-    """The rows of these themes; `quick` measures next to nothing and is for finding out whether they run."""
-    found: list[Row] = []
-    harness.QUICK = quick
-    for theme in themes:
-        for row in importlib.import_module(f"benchmarks.{theme}").rows(quick):
-            print(table([row]).splitlines()[-1], flush=True)
-            found.append(row)
+def measure(theme: str) -> list[Row | Curve]:
+    """What a theme finds, of the implementations that are timed; the random numbers are the same each time."""
+    torch.manual_seed(0)
+    found: list[Row | Curve] = []
+    for thing in importlib.import_module(f"benchmarks.{theme}").rows(Settings.quick):
+        wanted = {n: v for n, v in thing.found.items() if n in Settings.timed or n not in IMPLEMENTATIONS}
+        found.append(replace(thing, found=wanted))
     return found
 
 
-def write(rows: list[Row], page: Path) -> None:
-    """The page with the table, and a picture of the ratios beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    compared = [row for row in rows if row.ratio is not None]
-    figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(compared) + 1))
-    axes.barh([row.measure for row in compared], [row.ratio for row in compared], color="#3b6ea5")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel("peftlite / PEFT (shorter is better)")
-    axes.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(page.with_name("performance.png"), dpi=110)
-    page.write_text(
-        "# Performance\n\n"
-        "Measured by `make bench`: peftlite beside PEFT 0.21.2 in one process, on the same weights, outputs compared "
-        "before timing; one thread, medians of thread-CPU time over alternating runs. The floor is the base model "
-        "without adapters (for mixed batches: one adapter for all rows).\n\n"
-        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}.\n\n"
-        f"{table(rows)}\n\n![ratios](performance.png)\n",
-        encoding="utf-8",
-    )
+def write(found: page.Found, to: Path) -> None:
+    """The page, and the pictures beside it; without those where there is no matplotlib."""
+    try:
+        page.draw(found, to.with_suffix(""))
+        pictures = True
+    except ImportError as missing:
+        print(f"no pictures: {missing}", file=sys.stderr)
+        pictures = False
+    to.write_text(page.page(found, pictures), encoding="utf-8")
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("themes", nargs="*", default=THEMES, help=f"of {', '.join(THEMES)}")
+def implementations(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not names or set(names) - set(IMPLEMENTATIONS):
+        raise argparse.ArgumentTypeError(f"`{text}`: of {','.join(IMPLEMENTATIONS)}")
+    return names
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("themes", nargs="*", metavar="theme", help=f"of {', '.join(THEMES)}; default: all")
+    parser.add_argument("--impl", type=implementations, default=IMPLEMENTATIONS, help="which to time: peft,peftlite")
     parser.add_argument("--quick", action="store_true", help="only see whether everything runs; writes nothing")
     options = parser.parse_args(arguments)
+    if unknown := set(options.themes) - set(THEMES):
+        parser.error(f"no theme {', '.join(sorted(unknown))}; there are {', '.join(THEMES)}")
+    Settings.quick, Settings.timed = options.quick, options.impl
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    rows = run(tuple(options.themes), options.quick)
-    if not options.quick and set(options.themes) == set(THEMES):
-        write(rows, PAGE)
+    found: dict[str, list[Row | Curve]] = {}
+    for theme in [theme for theme in THEMES if not options.themes or theme in options.themes]:
+        start = time.perf_counter()
+        found[theme] = measure(theme)
+        rows = [thing for thing in found[theme] if isinstance(thing, Row)]
+        print(f"{theme}, {time.perf_counter() - start:.0f} s\n\n{page.table(rows)}\n", flush=True)
+    if not options.quick and set(found) == set(THEMES) and set(options.impl) == set(IMPLEMENTATIONS):
+        write(found, PAGE)
         print(f"wrote {PAGE}")
 
 

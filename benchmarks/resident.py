@@ -1,0 +1,60 @@
+"""Resident memory, as Linux counts it, of processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+_START = """
+import gc, sys, torch, warnings
+warnings.simplefilter("ignore")
+import {library} as library
+
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+"""
+_LOADING = """
+from benchmarks.models import llama_1b
+library.PeftModel.from_pretrained(llama_1b(1), {small!r}).unload()  # imports what loading needs
+model = llama_1b()
+gc.collect()
+before = status("VmRSS")
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")
+library.PeftModel.from_pretrained(model, {saved!r})
+print(status("VmHWM") - before)
+"""
+_ADAPTERS = """
+from torch import nn
+first, more = {first}, {more}
+fields = {{"r": 4, "target_modules": [str(k) for k in range(28)]}}
+config = lambda: library.LoraConfig(**fields)
+model = library.get_peft_model(nn.Sequential(*(nn.Linear(64, 64) for _ in range(28))), config(), "n0")
+for k in range(1, first):
+    model.add_adapter(f"n{{k}}", config())
+gc.collect()
+before = status("VmRSS")
+for k in range(first, first + more):
+    model.add_adapter(f"n{{k}}", config())
+gc.collect()
+print((status("VmRSS") - before) / more)
+"""
+BYTES_PER_ADAPTER = 28 * 4 * (64 + 64) * 4
+
+
+def of_loading(library: str, saved: Path) -> float:
+    """Bytes at the most, while an adapter is loaded, beyond those before."""
+    return printed(_START + _LOADING, library, saved=str(saved), small=str(saved))
+
+
+def of_an_adapter(library: str, first: int, more: int) -> float:
+    """Bytes that each of `more` adapters adds to a model that has `first`."""
+    return printed(_START + _ADAPTERS, library, first=first, more=more)
+
+
+def printed(program: str, library: str, **values: object) -> float:
+    text = program.format(library=library, **values)
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", text], check=True, capture_output=True, text=True)
+    return float(run.stdout.split()[-1])
