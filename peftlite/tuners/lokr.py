@@ -87,14 +87,15 @@ class LoKr(Lycoris):
             product = W1[chosen // height(a), :, None] * W2.flatten(1)[:, None, :]  # (rows, m, n * kernel)
             return product.reshape(-1, *shape[1:]) * scaling
         W1, W2 = factors(a)
+        row = torch.arange(shape[0], device=W1.device)[rows]
         if W2.dim() == 3:  # how PEFT multiplies an undivided W2 of a Conv1d, and so what its files mean
-            return torch.kron(W1, W2).reshape(shape)[rows] * scaling
-        W2 = W2.flatten(1)  # (k, n * kernel)
-        if rows == ALL_ROWS:
-            product = torch.kron(W1, W2)
+            outer, inner = row // len(W1), row % len(W1)
+            product = W1[inner, None, :, None] * W2[outer, :, None, :]  # (rows, n, m, kernel)
+        elif rows == ALL_ROWS:
+            product = torch.kron(W1, W2.flatten(1))
         else:
-            row = torch.arange(shape[0], device=W1.device)[rows]
-            product = W1[row // len(W2), :, None] * W2[row % len(W2), None, :]  # (rows, m, n * kernel)
+            outer, inner = row // len(W2), row % len(W2)
+            product = W1[outer, :, None] * W2.flatten(1)[inner, None, :]  # (rows, m, n * kernel)
         return product.reshape(-1, *shape[1:]) * scaling
 
     def delta_forward(self, a: View, x: Tensor) -> Tensor:

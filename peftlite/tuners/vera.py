@@ -84,8 +84,15 @@ class Vera(Additive):
         return config.r, config.r + host.shape[0]
 
     def delta(self, a: View, rows: slice = ALL_ROWS) -> Tensor:
-        A, B, b, d = map(widened, parts(a))
-        return (b[rows, None] * B[rows]) @ (d[:, None] * A)  # (rows, r) @ (r, in) -> (rows, in)
+        A, B, b, d = parts(a)
+        left = widened(b)[rows, None] * widened(B[rows]) * widened(d)  # (rows, r)
+        if A.dtype == left.dtype:
+            return left @ A  # (rows, r) @ (r, in) -> (rows, in)
+        total = left.new_zeros(len(left), A.shape[1])
+        step = max(1, len(b) // 64)
+        for some in (slice(start, start + step) for start in range(0, len(A), step)):  # all of A is not small
+            total = torch.addmm(total, left[:, some], widened(A[some]))
+        return total
 
     def delta_forward(self, a: View, x: Tensor) -> Tensor:
         A, B, b, d = parts(a)

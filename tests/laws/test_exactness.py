@@ -28,6 +28,7 @@ from peftlite import (
 )
 from peftlite.core.hosts import Host
 from peftlite.core.merging import MergingLayer
+from peftlite.core.slots import View
 from peftlite.core.tree import layers
 from peftlite.errors import ConfigError, MergeError, PeftliteWarning, StateError
 from tests.contract.rows import scramble
@@ -373,6 +374,14 @@ MERGED_IN_BLOCKS: dict[str, Callable[[list[str]], PeftConfig]] = {
     "lokr-one large factor": lambda names: LoKrConfig(r=4, target_modules=names, decompose_factor=1),
     "adalora": lambda names: AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=names),
     "vera": lambda names: VeraConfig(r=16, target_modules=names),
+    "vera-of a high rank": lambda names: VeraConfig(r=256, target_modules=names),
+}
+CONVOLUTIONS_IN_BLOCKS = {
+    "lora": MERGED_IN_BLOCKS["lora"],
+    "loha": MERGED_IN_BLOCKS["loha"],
+    "lokr": MERGED_IN_BLOCKS["lokr"],
+    "lokr-undivided": lambda names: LoKrConfig(r=999, target_modules=names),
+    "lokr-undivided and low": lambda names: LoKrConfig(r=999, decompose_factor=256, target_modules=names),
 }
 
 
@@ -396,6 +405,38 @@ def test_a_merge_takes_the_kept_bytes_and_a_tenth_of_the_largest_weight(method: 
     with Live() as live:
         peftlite.unmerge_adapter(model)
     assert live.most <= 0.01 * size
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("method", ["vera-of a high rank", "vera"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("narrow", [False, True], ids=["adapters in fp32", "adapters in the base's dtype"])
+def test_a_projection_of_all_layers_is_not_copied_to_merge_one(method: str, dtype: torch.dtype, narrow: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1024, 1024)).to(dtype)
+    peftlite.inject(model, MERGED_IN_BLOCKS[method](["0"]), "a", autocast_adapter_dtype=not narrow)
+    scramble(model, "a")
+    size = sum(p.nbytes for p in model[0].base_layer.parameters())
+    with Live() as live:
+        peftlite.merge_adapter(model)
+    assert live.most <= 1.1 * size
+
+
+@pytest.mark.parametrize("method", CONVOLUTIONS_IN_BLOCKS)
+@pytest.mark.parametrize(("kind", "into"), [(nn.Conv1d, 1024), (nn.Conv2d, 256)])
+def test_convolutions_are_merged_in_blocks_too(method: str, kind: Any, into: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(into, 512, 3)).to(torch.bfloat16)
+    peftlite.inject_adapter_in_model(CONVOLUTIONS_IN_BLOCKS[method](["0"]), model, "a")
+    scramble(model, "a")
+    size, before = sum(p.nbytes for p in model[0].base_layer.parameters()), values(model)
+    delta: Tensor = model[0].variants["a"].delta(View(model[0], "a"))  # whole
+    with Live() as live:
+        peftlite.merge_adapter(model)
+    assert live.most <= 1.1 * size
+    expected = (before["0.base_layer.weight"].float() + delta).to(torch.bfloat16)
+    torch.testing.assert_close(model[0].base_layer.weight.detach(), expected)
+    peftlite.unmerge_adapter(model)
     assert same(model, before)
 
 
