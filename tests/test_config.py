@@ -290,6 +290,11 @@ def test_how_to_run_is_not_read_from_a_file() -> None:
         config_from_dict({"peft_type": "LORA", "runtime_config": {"ephemeral_gpu_offload": True}})
 
 
+def test_a_runtime_field_without_effect_says_so() -> None:
+    with pytest.warns(PeftliteWarning, match="`ephemeral_gpu_offload=True` has no effect"):
+        LoraConfig(runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))
+
+
 @pytest.mark.parametrize("value", [0, 1, True, "x", [0]])
 @pytest.mark.parametrize(("version", "named"), [("0.99.1", "PEFT `0.99.1`"), (None, "an unknown version")])
 def test_an_unknown_key_that_is_set_is_an_error_that_names_the_writer(value: object, version: Any, named: str) -> None:
@@ -456,7 +461,6 @@ ASKS: dict[str, Any] = {
     "qalora_group_size": 32,
     "monteclora_config": {"a": 1},
     "layer_replication": [(0, 4)],
-    "runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True),
     "target_parameters": ["a.b"],
     "use_bdlora": {"a": 1},
     "arrow_config": {"top_k": 1},

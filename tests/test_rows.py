@@ -84,6 +84,8 @@ def test_unknown_names_and_wrong_counts_are_refused(shape: Callable[[nn.Module],
     expected = model(**x).logits
     with pytest.raises(AdapterNameError, match="`c`"):
         model(**x, adapter_names=["a", "b", "c"])
-    with pytest.raises(StateError, match="2 rows"):
-        model(**x, adapter_names=["a", "b"])
+    for names in (["a", "b"], ["a"], ["a"] * 6, torch.tensor([1])):
+        for call in (model, model.generate):
+            with pytest.raises(StateError, match=f"{len(names)} rows, and the batch has 3"):
+                call(**x, adapter_names=names)
     assert torch.equal(model(**x).logits, expected)

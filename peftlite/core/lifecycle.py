@@ -123,7 +123,6 @@ def switch(model: nn.Module, enabled: bool) -> None:
 
 def use_adapter(model: nn.Module, *adapter_names: str) -> AbstractContextManager[Call]:
     """Inside the `with` block, calls of `model` by this thread (or task) use these adapters; none: the base model.
-    base.
 
     Nothing is written to the model. Recomputation under gradient checkpointing sees the adapters of the call it
     repeats.

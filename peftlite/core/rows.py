@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -187,6 +187,21 @@ def check_rows(state: AdapterState, rows: Sequence[str | None] | Tensor) -> tupl
     names = tuple(BASE if name is None else name for name in rows)
     state.checked(name for name in names if name != BASE)
     return names
+
+
+def check_batch(rows: Sequence[object] | Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a call of a whole model none of whose tensors has one entry per row.
+
+    Inside of the model, k entries per row may be its own doing (beams); in the call they are a mistake.
+
+    Raises: StateError.
+    """
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
+    if given and all(value.shape[0] != len(rows) for value in given):
+        raise StateError(
+            f"`adapter_names` has {len(rows)} rows, and the batch has {given[0].shape[0]}: there must be one name per "
+            "row. Nothing was changed."
+        )
 
 
 def by_id(state: AdapterState, rows: Tensor) -> tuple[str, ...]:

@@ -27,10 +27,12 @@ from peftlite.checkpoint.report import LoadReport, Strict
 from peftlite.config import PeftConfig, PeftType, TaskType
 from peftlite.core import lifecycle, status
 from peftlite.core.inject import check_config, inject
+from peftlite.core.rows import check_batch
 from peftlite.core.targets import UnmatchedPolicy
 from peftlite.core.transaction import atomic, evaluate
 from peftlite.core.tree import base_model_of, layers
 from peftlite.errors import StateError, UnsupportedFeatureError
+from peftlite.tuners.lora.options import LoraRuntimeConfig
 
 TASK_MODELS: dict[TaskType, type[PeftModel]] = {}
 """The wrapper class of each task."""
@@ -102,16 +104,22 @@ class PeftModel(Wrapper):
         `adapter_names` has the name of an adapter for each row of the batch; `"__base__"` stands for the base model. It
         may also be a tensor of ids, see `use_adapter_per_row`.
         """
-        with self._rows(kwargs.pop("adapter_names", None)):
+        with self._rows(kwargs.pop("adapter_names", None), args, kwargs):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, with the active adapters, or with `adapter_names`, one for each row."""
-        with self._rows(kwargs.pop("adapter_names", None)):
+        with self._rows(kwargs.pop("adapter_names", None), args, kwargs):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
-    def _rows(self, names: Sequence[str] | Tensor | None) -> AbstractContextManager[object]:
-        return nullcontext() if names is None else lifecycle.use_adapter_per_row(self, names)
+    def _rows(
+        self, names: Sequence[str] | Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> AbstractContextManager[object]:
+        if names is None:
+            return nullcontext()
+        rows = lifecycle.use_adapter_per_row(self, names)
+        check_batch(names, args, kwargs)
+        return rows
 
     # ---- what there is
     @property
@@ -226,7 +234,7 @@ class PeftModel(Wrapper):
             is_trainable: whether it may train; if not, the model is put into eval mode.
             config: in place of the one in the file.
             autocast_adapter_dtype: keep adapters in fp32 on a base in half precision.
-            ephemeral_gpu_offload: not built; False.
+            ephemeral_gpu_offload: has no effect, with a warning: DoRA's norms need no GPU.
             low_cpu_mem_usage: no tensor is made before it is loaded anyway, so this changes nothing.
             key_mapping: regular expression -> replacement, for keys of other libraries' files.
             torch_device: where the adapter's tensors go; by default, to the layers that they are for.
@@ -237,7 +245,7 @@ class PeftModel(Wrapper):
         Raises: StateError if `model` has adapters, and what `peftlite.load_adapter` raises; nothing is changed then.
         """
         check_bare(model)
-        check_not_ephemeral(ephemeral_gpu_offload)
+        LoraRuntimeConfig(ephemeral_gpu_offload)  # says that it has no effect
         if config is not None:
             check_config(config)
         adapters.load_adapter(
@@ -281,7 +289,7 @@ class PeftModel(Wrapper):
 
         Raises: ConfigError for one of another kind, and what `peftlite.load_adapter` raises; nothing is changed then.
         """
-        check_not_ephemeral(ephemeral_gpu_offload)
+        LoraRuntimeConfig(ephemeral_gpu_offload)  # says that it has no effect
         options = hub.HubOptions.from_kwargs(hub_options)
         if config is None:
             found = read_config(hub.resolve(model_id, options)).get("peft_type", self.peft_type)
@@ -391,15 +399,3 @@ class PeftModel(Wrapper):
 def model_class_for(config: PeftConfig, otherwise: type[PeftModel] = PeftModel) -> type[PeftModel]:
     """The wrapper class for a config's task, or `otherwise` without one."""
     return otherwise if config.task_type is None else TASK_MODELS[TaskType(config.task_type)]
-
-
-def check_not_ephemeral(ephemeral_gpu_offload: bool) -> None:
-    """Refuse what is not built.
-
-    Raises: UnsupportedFeatureError.
-    """
-    if ephemeral_gpu_offload:
-        raise UnsupportedFeatureError(
-            "`ephemeral_gpu_offload` is `True`, but this version does not have that feature yet; it can only be "
-            "`False`. Nothing was changed."
-        )

@@ -18,6 +18,11 @@ IN, OUT, BATCH, LENGTH, VOCAB = 12, 10, 3, 5, 20
 WIDE = 64  # quantised in blocks
 
 
+def called(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer(x)
+    return y
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of base layer: how to make one, what to feed it, and how wide its output is."""
@@ -29,6 +34,7 @@ class Kind:
     """How the layer is quantised, a key of `QUANTISED`."""
     parameter: str = ""
     """The parameter of the layer to adapt, where that is one and not the layer."""
+    call: Callable[[Any, Tensor], Tensor] = called
 
 
 def vectors(dtype: torch.dtype) -> Tensor:
@@ -47,13 +53,11 @@ def images(dimensions: int) -> Callable[[torch.dtype], Tensor]:
     return lambda dtype: torch.randn(BATCH, IN, *([6] * dimensions)).to(dtype)
 
 
-class Attention(nn.MultiheadAttention):
-    """Attends to its one input, made small: a softmax of large numbers is a choice, that rounding would decide."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        x = x / 8
-        y: Tensor = super().forward(x, x, x, need_weights=False)[0]
-        return y
+def attend(layer: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """To its one input, made small: a softmax of large numbers is a choice, that rounding would decide."""
+    x = x / 8
+    y: Tensor = layer(x, x, x, need_weights=False)[0]
+    return y
 
 
 class Matrix(nn.Module):
@@ -89,7 +93,7 @@ KINDS: dict[str, Kind] = {
     "conv2d-groups": Kind(lambda: nn.Conv2d(IN, OUT, 3, groups=2), images(2), 0),
     "conv3d": Kind(lambda: nn.Conv3d(IN, OUT, (1, 2, 3), bias=False), images(3), 0),
     "embedding": Kind(lambda: nn.Embedding(VOCAB, OUT), ids),
-    "attention": Kind(lambda: Attention(IN, 2, batch_first=True), vectors, IN),
+    "attention": Kind(lambda: nn.MultiheadAttention(IN, 2, batch_first=True), vectors, IN, call=attend),
     "parameter": Kind(Matrix, vectors, parameter="weight"),
     "experts": Kind(Experts, vectors, parameter="weight"),
     **{
@@ -173,9 +177,12 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
     },
     **{
         (f"lora-{init}", kind): "init_lora_weights"
-        for init in ("pissa", "olora", "orthogonal", "mica", "dora-pissa")
-        for kind in (*CONVOLUTIONS, *READ_BY_MODULE)
+        for init in ("pissa", "olora", "orthogonal", "mica")
+        for kind in (*CONVOLUTIONS, "experts")
     },
+    **{("lora-dora-pissa", kind): "init_lora_weights" for kind in (*CONVOLUTIONS, "experts")},
+    **{("lora-dora-pissa", kind): "use_dora" for kind in ("attention", "parameter")},
+    **{("lora-olora", kind): "lora_dropout" for kind in ("attention", "parameter")},
     **{(f"lora-{form}", kind): "lora_" for form in ("dropout", "lora_bias", "dora-rslora") for kind in READ_BY_MODULE},
     **{
         (tuner, kind): "Embedding"
@@ -279,10 +286,11 @@ class Holder(nn.Module):
         super().__init__()
         self.layer = kind.make()
         self.channels_first = not kind.width
+        self.call = kind.call
         self.head = nn.Linear(kind.width or OUT, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
+        y = self.call(self.layer, x)
         if self.channels_first:
             y = y.flatten(2).transpose(1, 2).contiguous()
         z: Tensor = self.head(y)

@@ -59,6 +59,28 @@ def test_an_adapter_of_peft_can_be_read_as_peft_applied_it(tmp_path: Path) -> No
     assert torch.equal(wrapped(X), model(X))
 
 
+def test_but_for_the_doubling_everything_is_as_in_peft() -> None:
+    ours, theirs = (
+        library.get_peft_model(net(), library.LoraConfig(target_modules=["attn"], r=4, lora_alpha=6)).eval()
+        for library in (peftlite, peft)
+    )
+    shake(ours)
+    half = {name: p / 2 if "out_proj.lora_B" in name else p for name, p in ours.state_dict().items()}
+    theirs.load_state_dict(half)
+    gradients = []
+    for model in (ours, theirs):
+        model(X).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(ours(X), theirs(X), rtol=1e-5, atol=2e-6)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[1].items():
+        gradient = gradient * 2 if "out_proj.lora_A" in name else gradient  # through one of PEFT's two effects only
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-5, atol=1e-5)
+    expected = ours(X)
+    ours.merge_adapter()
+    torch.testing.assert_close(ours(X), expected, rtol=1e-5, atol=2e-6)
+
+
 def test_an_adapter_of_ours_is_read_as_it_is(tmp_path: Path) -> None:
     model = net()
     peftlite.inject(model, LoraConfig(target_modules=["attn"], r=4))

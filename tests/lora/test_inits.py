@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,39 @@ def test_factors_outputs_and_gradients_are_peft_s(init: str, transposed: bool, s
     for model in (ours, theirs):
         model.merge_adapter()
     assert apart(ours(x), theirs(x)) <= 2e-6
+
+
+class Matrix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.weight = nn.Parameter(0.4 * torch.randn(10, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("init", FROM_WEIGHTS)
+def test_a_bare_matrix_begins_as_in_peft_and_is_converted(init: str, tmp_path: Path) -> None:
+    fields = {"target_modules": [], "target_parameters": ["layer.weight"], "init_lora_weights": init, "lora_alpha": 8}
+    ours, theirs = (made(library, nn.Sequential(OrderedDict(layer=Matrix())), **fields) for library in (peftlite, peft))
+    B, A, D, C = (
+        model.base_model.model.layer.get_submodule(slot)["default"].weight
+        for model in (ours, theirs)
+        for slot in ("lora_B", "lora_A")
+    )
+    assert apart(B @ A, D @ C) <= 1e-5
+    ours.save_pretrained(tmp_path / "first")
+    train(ours)
+    theirs.load_state_dict(factors(ours), strict=False)
+    x = torch.randn(5, 12)
+    assert apart(ours(x), theirs(x)) <= 2e-6
+    ours.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    for library in (peftlite, peft):
+        read = library.PeftModel.from_pretrained(nn.Sequential(OrderedDict(layer=Matrix())), tmp_path / "plain")
+        assert apart(read(x), ours(x)) <= 2e-6
+    with peftlite.disable_adapter(ours):
+        assert torch.equal(ours(x), Matrix()(x))
 
 
 @pytest.mark.parametrize("init", [*FROM_WEIGHTS, "mica", "orthogonal"])

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from peftlite.core.lifecycle import use_adapter_per_row
+from peftlite.core.rows import check_batch
 from peftlite.core.tree import find_state
 
 _KEY = "adapter_names"
@@ -36,7 +37,9 @@ def by_row(call: Callable[..., Any]) -> Callable[..., Any]:
         names = kwargs.pop(_KEY)
         if names is None:
             return call(self, *args, **kwargs)
-        with use_adapter_per_row(self, names):
+        rows = use_adapter_per_row(self, names)
+        check_batch(names, args, kwargs)
+        with rows:
             return call(self, *args, **kwargs)
 
     return routed

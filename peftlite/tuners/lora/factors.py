@@ -221,11 +221,15 @@ def _(host: ParamHost, config: LoraConfig, path: str) -> str | None:
         return "its q, k and v have projections of their own, which `target_parameters` can name"
     if host.parameter.dim() not in (2, 3):
         return f"it has {host.parameter.dim()} dimensions, where a matrix or a stack of matrices is needed"
-    if beginning(config.init_lora_weights) is not None:
-        return f"`init_lora_weights={config.init_lora_weights!r}` has no form for parameters"
+    begin = beginning(config.init_lora_weights)
+    if begin is not None and (host.batch or not begin.follows or begin.rewrites):
+        kind = "stacks of matrices" if host.batch else "parameters"
+        return f"`init_lora_weights={config.init_lora_weights!r}` has no form for {kind}"
     if config.lora_dropout:
         return f"`lora_dropout` is `{config.lora_dropout}`, and its input is not seen by the adapter; it must be 0"
-    return "`lora_bias` needs a layer that is called" if config.lora_bias else None
+    if config.lora_bias:
+        return "`lora_bias` needs a layer that is called"
+    return None if begin is None else begin.cannot(host, config.rank_for(path))
 
 
 @entries.register
@@ -242,14 +246,21 @@ def _(host: ParamHost, r: int, at: Placement) -> dict[str, Any]:
     B = uniform((out, wide), r, at) if at.config.init_lora_weights is False else zeros((out, wide), at)
     if at.config.init_lora_weights == "gaussian":
         A.normal_(std=1 / r)
-    return {"lora_A": build_linear(into, wide, A), "lora_B": build_linear(wide, out, B)}
+    made = {"lora_A": build_linear(into, wide, A), "lora_B": build_linear(wide, out, B)}
+    begin = beginning(at.config.init_lora_weights)
+    return made if begin is None else begin.fill(made, host, at)
+
+
+@pair.register
+def _(host: ParamHost, a: View) -> tuple[Tensor, Tensor]:
+    return a.lora_A.weight, a.lora_B.weight  # of a matrix; the factors of a stack are not two matrices
 
 
 @outer.register
 def _(host: ParamHost, a: View, rows: slice) -> Tensor:
-    A, B = widened(a.lora_A.weight), widened(a.lora_B.weight)
     if not host.batch:
-        return (B if rows == ALL_ROWS else B[rows]) @ A
+        return product(host, *pair(host, a), rows)
+    A, B = widened(a.lora_A.weight), widened(a.lora_B.weight)
     experts = host.shape[0]  # expert slowest in A (experts r, in), fastest in B (out, r experts)
     B = B if rows == ALL_ROWS else B[rows]
     return B.view(B.shape[0], -1, experts).permute(2, 0, 1) @ A.view(experts, -1, A.shape[1])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from peftlite.checks import check_bool, check_choice, check_int, check_names, check_number, check_text, show, wrong
-from peftlite.errors import ConfigError, nearest
+from peftlite.errors import ConfigError, nearest, warn
 
 O = TypeVar("O")  # noqa: E741 - one of the classes below
 
@@ -18,9 +18,16 @@ SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
 @dataclass(frozen=True)
 class LoraRuntimeConfig:
-    """How to run on this machine; never part of a file. DoRA's norms need no GPU, so offloading changes nothing."""
+    """How to run on this machine; never part of a file.
+
+    `ephemeral_gpu_offload` has no effect, with a warning: DoRA's norms take no product that a GPU would be needed for.
+    """
 
     ephemeral_gpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        if check_bool("ephemeral_gpu_offload", self.ephemeral_gpu_offload):
+            warn("`ephemeral_gpu_offload=True` has no effect: DoRA's norms are cheap on a CPU. Leave it out.")
 
 
 @dataclass

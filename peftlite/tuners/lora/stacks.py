@@ -19,8 +19,6 @@ LAYER = ("lora_A.weight", "lora_B.weight")
 
 def product_of(host: Host, a: View) -> LowRank:
     """All that the factors of one adapter add to a layer's weight, scaling aside."""
-    if isinstance(host, ParamHost):
-        return stack_of(host, a.lora_A.weight.detach(), a.lora_B.weight.detach())
     A, B = pair(host, a) if isinstance(host, ConvHost) else net_pair(host, a)
     return stack_of(host, A.detach(), B.detach())
 

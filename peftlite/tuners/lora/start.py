@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftlite.core.hosts import ALL_ROWS, Host, LinearHost
+from peftlite.core.hosts import ALL_ROWS, Host, LinearHost, ParamHost
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
 from peftlite.tuners.lora.factors import entering, low_rank, outer, pair, product
@@ -28,8 +28,9 @@ def start_of(host: Host, a: View) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-@start_of.register
-def _(host: LinearHost, a: View) -> tuple[Tensor, Tensor] | None:
+@start_of.register(LinearHost)
+@start_of.register(ParamHost)
+def _(host: Host, a: View) -> tuple[Tensor, Tensor] | None:
     A, B = started(a.lora_A), started(a.lora_B)
     return None if A is None or B is None else (A, B)
 
@@ -58,9 +59,11 @@ class Shifted(Lora):
     def delta(self, a: View, rows: slice = ALL_ROWS) -> Tensor:
         host: Host = a.layer.host
         scaling: float = a.scaling
-        if start_of(host, a) is None:
+        start = start_of(host, a)
+        if start is None:
             return outer(host, a, rows) * scaling
-        return product(host, *net_pair(host, a), rows) * scaling
+        changed = product(host, *pair(host, a), rows) - product(host, *start, rows)  # at first zero, bit for bit
+        return changed * scaling
 
     def delta_forward(self, a: View, x: Tensor) -> Tensor:
         scaling: float = a.scaling
