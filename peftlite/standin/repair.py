@@ -14,8 +14,10 @@ from typing import Any, Final
 from peftlite.errors import PeftliteError, PeftliteWarning
 
 ROOT: Final = "peft"
-FIXED: Final = {"diffusers": ("diffusers.utils.import_utils", "_peft_available")}
-"""Libraries that note once and for all whether there is `peft`: where."""
+_NOTED: Final = "_peft_available"
+"""Where diffusers, and transformers 4, note once and for all whether there is `peft`."""
+FIXED: Final = {"diffusers": ("diffusers.utils.import_utils", _NOTED)}
+"""Libraries of which other modules have believed the note already: where it is."""
 REPAIRED: Final = ("transformers.trainer", "transformers.trainer_utils")
 """Modules that get those names afterwards."""
 OURS: Final = (Path(__file__).parent, Path(__file__).parent.parent)
@@ -83,6 +85,8 @@ def repair() -> None:
         name = getattr(function, "__name__", "")
         if hasattr(function, "cache_clear") and ("peft" in name or name.startswith("_is_package")):
             function.cache_clear()
+    if utils is not None and _NOTED in vars(utils):
+        setattr(utils, _NOTED, True)
     for module in REPAIRED:
         if module not in sys.modules:
             continue

@@ -16,7 +16,7 @@ FLOWS = Path(__file__).parent / "flows"
 Done = subprocess.CompletedProcess[str]
 needs_libraries = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("datasets", "diffusers", "sentence_transformers", "trl")),
-    reason="the tested versions of these libraries need Python 3.11",
+    reason="the tested versions of these libraries need Python 3.11 and transformers 5",
 )
 QUIET = ["-W", "ignore:The real `peft`"]
 

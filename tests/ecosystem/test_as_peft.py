@@ -6,11 +6,11 @@ import importlib
 import inspect
 import os
 import subprocess
-import sysconfig
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 
 from peftlite.standin.table import MODULES, names_of
@@ -113,7 +113,7 @@ def test_the_hook_asks_for_workers(tmp_path: Path) -> None:
     """In an environment of its own: the hook is a file that every process of its Python reads."""
     run(["-m", "venv", "--without-pip", str(tmp_path)])
     python = str(tmp_path / "bin" / "python")
-    paths = sysconfig.get_path("purelib")
+    paths = str(Path(peft.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), paths]), "PYTHONWARNINGS": "ignore"}
 
     def ask(*arguments: str, **more: str) -> str:

@@ -20,6 +20,7 @@ from peftlite.base_tuner import TUNER_MODELS
 from peftlite.standin import merging
 from peftlite.standin.table import MODULES
 from tests.ecosystem.programs import program
+from tests.versions import works_with_peft
 
 IMPORTS = {
     "transformers": """
@@ -165,6 +166,7 @@ def test_import_lists_resolve(library: str, answers: dict[str, str]) -> None:
     assert not missing
 
 
+@works_with_peft
 def test_the_lists_are_of_what_peft_has() -> None:
     moved = {"get_peft_model"}  # `peft.mapping` had it, and programs still ask there
     for library, text in IMPORTS.items():

@@ -24,6 +24,7 @@ def tokenizer(length: int = 64) -> Any:
         eos_token="<eos>",
         unk_token="<unk>",
         model_max_length=length,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
