@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from peftlite.checkpoint.files import write_adapter
 from peftlite.checkpoint.keys import PREFIX, file_key, without_prefix
+from peftlite.checkpoint.record import Record, record_for, record_of
 from peftlite.checkpoint.spots import is_companion, spots
 from peftlite.checkpoint.state_dict import adapter_tensors, key_prefix
 from peftlite.checkpoint.targets import BaseTarget, LayerTarget, live_targets
@@ -24,7 +24,7 @@ from peftlite.core.lifecycle import state_of
 from peftlite.core.plan import Site
 from peftlite.core.state import bias_of
 from peftlite.core.tree import base_model_of, find_state
-from peftlite.errors import ConfigError, PeftliteWarning, StateError
+from peftlite.errors import ConfigError, StateError, warn
 from peftlite.tuners.lora.config import LoraConfig
 from peftlite.tuners.lora.extract import Change, Extract, change_of, checked_rank, difference, extracted
 from peftlite.tuners.lora.fit import adapted, addressed, fitted, plain_of
@@ -39,13 +39,15 @@ T = TypeVar("T")
 class Converted:
     """A LoRA adapter that is in no model: `config, state_dict = converted`, as PEFT returns it.
 
-    `approximation` says how near it is to what it was made of; `left_out` names what else was different there.
+    `approximation` says how near it is to what it was made of; `left_out` names what else was different there; `record`
+    is what it was made on.
     """
 
     config: LoraConfig
     state_dict: dict[str, Tensor]
     approximation: Approximation
     left_out: tuple[str, ...] = ()
+    record: Record | None = None
 
     @property
     def relative_error(self) -> float:
@@ -61,7 +63,8 @@ class Converted:
         Raises: CheckpointError.
         """
         tensors = {PREFIX + without_prefix(key): tensor for key, tensor in self.state_dict.items()}
-        write_adapter(save_directory, self.config.to_json(), tensors)
+        made_on = None if self.record is None else self.record.fields()
+        write_adapter(save_directory, self.config.to_json(), tensors, record=made_on)
 
 
 # ---- from adapters of other methods
@@ -116,7 +119,8 @@ def convert_to_lora(
     tensors = kept_tensors(model, adapter_name) | factor_tensors(base, adapter_name, layers, made)
     prefix = key_prefix(model)
     approximation = Approximation.of({path: extract.part for path, extract in made.items()})
-    return Converted(lora, {prefix + without_prefix(key): tensor for key, tensor in tensors.items()}, approximation)
+    named = {prefix + without_prefix(key): tensor for key, tensor in tensors.items()}
+    return Converted(lora, named, approximation, record=record_of(model, adapter_name))
 
 
 def save_as_lora(
@@ -212,20 +216,20 @@ def extract_lora(
             f"{shown_names(left_out) or 'nothing'}. Nothing was changed."
         )
     if left_out:
-        warnings.warn(
+        warn(
             f"The models differ in more than the LoRA adapter holds: {shown_names(left_out)}. `modules_to_save` takes "
-            "modules over whole.",
-            PeftliteWarning,
-            stacklevel=2,
+            "modules over whole."
         )
     lora = config_for(planned.config, base_model, {path: hosts[path] for path in made}, made)
     tensors: dict[str, Tensor] = {}
-    for spot in spots(base_model, "default", plan(base_model, lora)):
+    narrowed = plan(base_model, lora)
+    for spot in spots(base_model, "default", narrowed):
         if spot.site is not None:
             path = spot.site.path
             of_site = made[path].tensors if path in made else fine_tuned.get_submodule(path).state_dict()
             tensors.update((file_key(spot.path, suffix), tensor.detach()) for suffix, tensor in of_site.items())
-    return Converted(lora, tensors, Approximation.of({path: extract.part for path, extract in made.items()}), left_out)
+    approximation = Approximation.of({path: extract.part for path, extract in made.items()})
+    return Converted(lora, tensors, approximation, left_out, record_for(narrowed))
 
 
 def host_in(model: nn.Module, site: Site) -> Host:

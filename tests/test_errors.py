@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -14,6 +15,7 @@ from torch import nn
 import peftlite
 from peftlite import LoraConfig, LoraModel, PeftConfig, errors, get_peft_model, inject_adapter_in_model, wrap
 from peftlite.core.tree import find_state, layers
+from peftlite.errors import PeftliteWarning
 from tests.models import tiny
 from tests.snapshots import check_unchanged, snapshot
 from tests.twins import fill
@@ -330,3 +332,30 @@ def test_a_target_list_shared_between_models_can_be_accepted() -> None:
     assert len(list(layers(model))) == len(list(layers(in_place))) == 2
     with pytest.raises(errors.ConfigError, match="`unmatched` is `never`"):
         get_peft_model(tiny("llama"), config, unmatched="never")  # type: ignore[arg-type]
+
+
+def with_tied_head() -> Any:
+    model = tiny("llama", tie_word_embeddings=True)
+    model.add_adapter(LoraConfig(r=2, target_modules=["lm_head"]))
+    return model
+
+
+ADVICE: dict[str, Callable[[Path], object]] = {
+    "no embeddings to save": lambda place: peftlite.save_adapter(
+        inject_adapter_in_model(LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(3, 3))),
+        place,
+        save_embedding_layers=True,
+    ),
+    "an active adapter deleted": lambda place: wrapped().delete_adapter("default"),
+    "a weight untied": lambda place: with_tied_head().merge_adapter(),
+    "a weight untied for good": lambda place: with_tied_head().merge_and_unload(),
+    "nothing quantised": lambda place: peftlite.prepare_model_for_kbit_training(nn.Linear(2, 2)),
+    "fields without effect": lambda place: peftlite.AdaLoraConfig(target_modules=["q"], total_step=9, r=16),
+}
+
+
+@pytest.mark.parametrize("case", ADVICE)
+def test_warnings_are_about_the_line_that_called(case: str, tmp_path: Path) -> None:
+    with pytest.warns(PeftliteWarning) as caught:
+        ADVICE[case](tmp_path)
+    assert [Path(one.filename).name for one in caught] == [Path(__file__).name] * len(caught)

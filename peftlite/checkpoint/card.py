@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peftlite.checkpoint.hub import CARD_NAME, is_repo_id
 from peftlite.config import atomic_path
-from peftlite.errors import PeftliteWarning
+from peftlite.errors import warn
 
 PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -83,7 +82,7 @@ def write_card(directory: str | os.PathLike[str], card: Card) -> None:
             with atomic_path(path) as temporary:
                 temporary.write_bytes(new)
     except OSError as error:
-        warnings.warn(f"`{path}` could not be written: {error.strerror or error}.", PeftliteWarning, stacklevel=2)
+        warn(f"`{path}` could not be written: {error.strerror or error}.")
 
 
 def _renewed(path: Path, card: Card) -> bytes | None:
@@ -97,7 +96,7 @@ def _renewed(path: Path, card: Card) -> bytes | None:
     except yaml.YAMLError:
         front = None
     if not isinstance(front, dict):
-        warnings.warn(f"The front matter of `{path}` is not YAML: it is left as it is.", PeftliteWarning, stacklevel=3)
+        warn(f"The front matter of `{path}` is not YAML: it is left as it is.")
         return None
     body = old[found.end() :] if found else old or f"\n{card.body}"
     tags = front.get("tags")

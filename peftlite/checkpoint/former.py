@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -18,7 +17,7 @@ from peftlite.core.hosts import ParamHost
 from peftlite.core.inject import Found, choose_parameters, facts_of, host_at, is_linear
 from peftlite.core.targets import TargetSpec, absent, ending, entries_for, is_all_linear, match_pattern, select
 from peftlite.core.tree import places
-from peftlite.errors import CheckpointError, ConfigError, PeftliteWarning
+from peftlite.errors import CheckpointError, ConfigError, warn
 from peftlite.tuners.lora.config import LoraConfig
 
 _FACTORS = (A, B, "lora_B.bias", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B")
@@ -194,11 +193,9 @@ class Old:
         now.rank_pattern = {**entries(ranks, targets, others), **now.rank_pattern}
         now.alpha_pattern = {**entries(alphas, targets, others), **now.alpha_pattern}
         if config.lora_dropout and self.fused and not config.inference_mode:
-            warnings.warn(
+            warn(
                 f"`lora_dropout` is `{config.lora_dropout}`, and is 0 from now on: the adapter is on parameters now, "
-                "whose input it does not see.",
-                PeftliteWarning,
-                stacklevel=6,
+                "whose input it does not see."
             )
         return now
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import cmath
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -33,7 +32,7 @@ from peftlite.core.lifecycle import state_of
 from peftlite.core.state import bias_of
 from peftlite.core.transaction import atomic
 from peftlite.core.tree import Shell, base_model_of, is_bias
-from peftlite.errors import CheckpointError, ConfigError, PeftliteWarning, StateError
+from peftlite.errors import CheckpointError, ConfigError, StateError, warn
 
 TABLES = frozenset({"embed_tokens", "lm_head"})
 """Embeddings that are saved along when an adapter is on them, by name: what readers of PEFT's files expect."""
@@ -137,11 +136,7 @@ def saved_tables(base: nn.Module, name: str, config: Any, choice: bool | str) ->
     if any(_name_of(spot) in TABLES for spot in adapted):
         return {id(spot.module) for spot in adapted}
     if choice is True and not tables:
-        warnings.warn(
-            f"`save_embedding_layers=True`: no embeddings are known of {type(base).__name__}, so none are saved.",
-            PeftliteWarning,
-            stacklevel=4,
-        )
+        warn(f"`save_embedding_layers=True`: no embeddings are known of {type(base).__name__}, so none are saved.")
     changed = choice is True or resized(facts, state_of(base).vocab_size, config)
     return {id(spot.module) for spot in tables} if changed else set()
 

@@ -5,7 +5,6 @@ Each checks everything that can be wrong first, and then acts; one that fails ha
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
@@ -27,7 +26,7 @@ from peftlite.core.ties import note_shared, untied, warn_of_untying
 from peftlite.core.transaction import atomic, on_failure, put, restoring
 from peftlite.core.tree import base_model_of, check_one_state, find_state, layer_places, layers, named_layers
 from peftlite.core.unpacking import unpack
-from peftlite.errors import MergeError, NoAdapterError, PeftliteWarning, StateError
+from peftlite.errors import MergeError, NoAdapterError, StateError, warn
 
 
 def state_of(model: nn.Module) -> AdapterState:
@@ -98,11 +97,9 @@ def disable_adapters(model: nn.Module) -> None:
     """Switch all adapters off, for every caller, until `enable_adapters`; merged ones are unmerged first."""
     state = state_of(model)
     if any(bias_of(c) != "none" for n, c in state.configs.items() if n in state.active):
-        warnings.warn(
+        warn(
             "Adapters with `bias` other than 'none' changed the base model's own biases, so that disabling them "
-            "does not give the base model's outputs.",
-            PeftliteWarning,
-            stacklevel=2,
+            "does not give the base model's outputs."
         )
     switch(model, False)
 
@@ -410,11 +407,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         return
     if not state.active:
         following = next(iter(state.configs))
-        warnings.warn(
-            f"Adapter `{adapter_name}` was active and is deleted; `{following}` is active now.",
-            PeftliteWarning,
-            stacklevel=2,
-        )
+        warn(f"Adapter `{adapter_name}` was active and is deleted; `{following}` is active now.")
         set_adapter(base, following)
     rebind(base, state)
 

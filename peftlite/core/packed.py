@@ -6,7 +6,6 @@ unmerge   the layer's own packed tensors were kept, not copied: they are put bac
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from peftlite.core.hosts import ALL_ROWS, Dense, Host, Saved, widened
 from peftlite.core.slots import build_linear
-from peftlite.errors import MergeError, PeftliteWarning
+from peftlite.errors import MergeError, warn
 
 
 class PackedHost(Host):
@@ -121,10 +120,8 @@ def warn_of_rounding(errors: Mapping[str, float]) -> None:
         return
     worst = max(errors, key=lambda path: errors[path])
     mean = sum(errors.values()) / len(errors)
-    warnings.warn(
+    warn(
         f"Merged into {len(errors)} quantised layers, whose weights were quantised anew: they are off by {mean:.2g} of "
         f"their norm on average, and by {errors[worst]:.2g} in `{worst}`. Unmerging gives the old ones back exactly; "
-        "`merge_and_unload(dequantize=True)` merges into dense layers without this error.",
-        PeftliteWarning,
-        stacklevel=4,
+        "`merge_and_unload(dequantize=True)` merges into dense layers without this error."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from peftlite.core.plan import Site
 from peftlite.core.transaction import put
 from peftlite.core.tree import base_model_of, find_state, layers, named_layers, places
 from peftlite.core.variant import TunerSpec
-from peftlite.errors import ConfigError, PeftliteWarning
+from peftlite.errors import ConfigError, warn
 
 Make = Callable[[TunerSpec, list[str]], list[Site]]
 
@@ -50,11 +49,9 @@ def tied_sites(
                 check_follows(member, leader, config)
                 result[member.path] = replace(member, leader=leader.path, parameters=0)
     if everything and not found:
-        warnings.warn(
+        warn(
             "`ensure_weight_tying` is `True`, and no module that the config names shares its weight with another: it "
-            "has no effect.",
-            PeftliteWarning,
-            stacklevel=5,
+            "has no effect."
         )
     return list(result.values())
 
@@ -152,9 +149,7 @@ def warn_of_untying(apart: Mapping[str, Sequence[str]], for_good: bool) -> None:
         return
     pairs = [f"`{path}` with {', '.join(f'`{one}`' for one in others)}" for path, others in apart.items()]
     until = "" if for_good else " until it is unmerged"
-    warnings.warn(
+    warn(
         f"A weight was shared ({'; '.join(pairs)}); each layer that adapters were merged into has one of its own now"
-        f"{until}. A config with `ensure_weight_tying=True` puts one adapter on all of them.",
-        PeftliteWarning,
-        stacklevel=3,
+        f"{until}. A config with `ensure_weight_tying=True` puts one adapter on all of them."
     )

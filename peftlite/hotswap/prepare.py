@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 from torch import nn
@@ -12,7 +11,7 @@ from peftlite.checks import check_choice, check_int
 from peftlite.core.binding import rebind
 from peftlite.core.lifecycle import state_of
 from peftlite.core.transaction import atomic, keep
-from peftlite.errors import PeftliteWarning, StateError
+from peftlite.errors import StateError, warn
 from peftlite.hotswap.compatible import lora_config
 from peftlite.hotswap.place import Place, put_numbers, resize, scaling_as_tensor
 from peftlite.tuners.lora.config import LoraConfig
@@ -78,4 +77,4 @@ def check_not_compiled(model: nn.Module, policy: str) -> None:
     if compiled and policy == "error":
         raise StateError(f"{text} Nothing was changed.")
     if compiled and policy == "warn":
-        warnings.warn(text, PeftliteWarning, stacklevel=3)
+        warn(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -24,7 +23,7 @@ from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import merged_adapters, state_of
 from peftlite.core.transaction import atomic, keep_values, put
 from peftlite.core.tree import base_model_of
-from peftlite.errors import CheckpointError, ConfigError, PeftliteWarning, StateError
+from peftlite.errors import CheckpointError, ConfigError, StateError, warn
 from peftlite.hotswap.compatible import check_hotswap_configs_compatible, lora_config
 from peftlite.hotswap.place import Place, put_numbers, resize
 from peftlite.tuners.lora.config import LoraConfig
@@ -116,12 +115,10 @@ def swap(model: nn.Module, name: str, config: PeftConfig, source: WholeSource) -
     planned = Swap.planned(model, name, lora_config(own), lora_config(config), source.infos)
     copies, replaced = planned.values(source.read_all())
     if planned.outgrown:
-        warnings.warn(
+        warn(
             f"The new adapter's ranks exceed what {len(planned.outgrown)} layers such as `{planned.outgrown[0]}` were "
             "prepared for: what is compiled will be compiled again. A larger `target_rank` in "
-            "`prepare_model_for_compiled_hotswap` avoids that.",
-            PeftliteWarning,
-            stacklevel=3,
+            "`prepare_model_for_compiled_hotswap` avoids that."
         )
     keep_values(*(live for live, _ in copies))
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from peftlite.core.lifecycle import state_of
 from peftlite.core.state import bias_of, check_adapter_name
 from peftlite.core.transaction import atomic
 from peftlite.core.tree import layers
-from peftlite.errors import ConfigError, PeftliteWarning, UnsupportedFeatureError
+from peftlite.errors import ConfigError, UnsupportedFeatureError, warn
 from peftlite.tuners.lora.combine import SUMS, TYPES, Recipe
 from peftlite.tuners.lora.lowrank import Approximation
 from peftlite.tuners.lora.weighted import combine
@@ -104,11 +103,9 @@ def add_weighted_adapter(
     )
     approximation, full = combine(model, names, adapter_name, recipe)
     if full:
-        warnings.warn(
+        warn(
             f"`combination_type={combination_type!r}` has no exact result of low rank: on {full} layers the rank of "
-            f"the new adapter is that of the weights, up to {max(approximation.ranks.values())}. `svd_rank` limits it.",
-            PeftliteWarning,
-            stacklevel=2,
+            f"the new adapter is that of the weights, up to {max(approximation.ranks.values())}. `svd_rank` limits it."
         )
     return approximation
 

@@ -24,6 +24,8 @@ from peftlite import (
     extract_lora,
     save_as_lora,
 )
+from peftlite.checkpoint.keys import RECORD_NAME
+from peftlite.checkpoint.record import record_of
 from peftlite.errors import AdapterNameError, ConfigError, NoAdapterError, PeftliteError, PeftliteWarning, StateError
 from tests.contract.rows import KINDS, Holder, scramble
 from tests.models import batch, tiny
@@ -119,6 +121,12 @@ def test_the_error_is_that_of_the_truncation(rank: float) -> None:
         assert 1 - best**2 >= rank > 1 - float(sizes[kept - 1 :].norm() / sizes.norm()) ** 2
 
 
+def check_record(place: Path, loaded: nn.Module) -> None:
+    """The files say what the adapter was made on, as files of any adapter do."""
+    said = json.loads((place / RECORD_NAME).read_text())
+    assert said.items() >= record_of(loaded, "default").fields().items()
+
+
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_files_are_read_by_peft_and_modules_trained_whole_go_along(tmp_path: Path, wrapped: bool) -> None:
     config = LoHaConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
@@ -136,6 +144,7 @@ def test_files_are_read_by_peft_and_modules_trained_whole_go_along(tmp_path: Pat
         wanted = model(**batch("llama")).logits
         torch.testing.assert_close(theirs(**batch("llama")).logits, wanted, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(ours(**batch("llama")).logits, wanted, atol=2e-5, rtol=1e-4)
+    check_record(tmp_path, ours)
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (values["peft_type"], values["task_type"], values["modules_to_save"]) == ("LORA", "CAUSAL_LM", ["lm_head"])
     keys = list(convert_to_lora(model, 4).state_dict)
@@ -197,6 +206,9 @@ def test_a_difference_of_low_rank_is_found_exactly(tmp_path: Path) -> None:
     assert got.config.rank_pattern == {}
     assert set(got.approximation.ranks) == {name.removesuffix(".weight") for name in PROJECTIONS}
     got.save_pretrained(tmp_path)
+    check_record(tmp_path, peftlite.PeftModel.from_pretrained(tiny("llama"), tmp_path))
+    with pytest.warns(PeftliteWarning), pytest.raises(PeftliteError, match="GPT2"):
+        peftlite.PeftModel.from_pretrained(tiny("gpt2"), tmp_path)
     adapted = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(

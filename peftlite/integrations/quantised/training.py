@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from peftlite.core.lifecycle import merged_adapters
 from peftlite.core.slots import HALF_DTYPES
 from peftlite.core.tree import base_model_of, find_state, places
 from peftlite.core.unpacking import packed_host
-from peftlite.errors import PeftliteWarning, StateError, UnsupportedFeatureError
+from peftlite.errors import StateError, UnsupportedFeatureError, warn
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,11 +44,7 @@ def prepare_model_for_kbit_training(
     enable = checkpointing_of(base) if hosts and use_gradient_checkpointing else None
     check_unmerged(base)
     if not hosts:
-        warnings.warn(
-            f"{type(base).__name__} has no quantised layers: it is frozen and converted to fp32, nothing else.",
-            PeftliteWarning,
-            stacklevel=2,
-        )
+        warn(f"{type(base).__name__} has no quantised layers: it is frozen and converted to fp32, nothing else.")
     freeze(base)
     for host in hosts:
         host.let_gradients_through()

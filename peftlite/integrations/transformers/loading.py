@@ -6,7 +6,6 @@ import functools
 import inspect
 import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,7 +21,7 @@ from peftlite.config import PeftConfig, config_from_dict
 from peftlite.core import lifecycle
 from peftlite.core.transaction import atomic, evaluate
 from peftlite.core.tree import find_state
-from peftlite.errors import AdapterNameError, ConfigError, PeftliteWarning, UnsupportedFeatureError, nearest
+from peftlite.errors import AdapterNameError, ConfigError, UnsupportedFeatureError, nearest, warn
 from peftlite.integrations.transformers.owners import check_not_ours, is_foreign, is_foreign_config
 
 NOT_OURS = ("tqdm_class", "key_mapping")
@@ -204,7 +203,7 @@ def loading(original: Callable[..., Any]) -> Callable[..., Any]:
         except UnsupportedFeatureError as error:
             if find_state(self) is not None or config is not None or not has_peft():
                 raise
-            warnings.warn(f"{error} transformers loads it with `peft` instead.", PeftliteWarning, stacklevel=2)
+            warn(f"{error} transformers loads it with `peft` instead.")
             return original(self, *args, **kwargs)
 
     return load_adapter

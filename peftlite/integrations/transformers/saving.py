@@ -10,7 +10,6 @@ import functools
 import inspect
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ from peftlite.checkpoint.keys import without_prefix
 from peftlite.checkpoint.state_dict import get_peft_model_state_dict
 from peftlite.core.lifecycle import state_of
 from peftlite.core.tree import find_state
-from peftlite.errors import NoAdapterError, PeftliteWarning, UnsupportedFeatureError
+from peftlite.errors import NoAdapterError, UnsupportedFeatureError, warn
 from peftlite.integrations.transformers.owners import FLAG
 
 _FIXED = {"save_peft_format": True, "distributed_checkpoint": False, "safe_serialization": True}
@@ -127,7 +126,7 @@ def _push(
 ) -> str:
     """Save the adapters and upload them; they are never split, so `max_shard_size` has no effect."""
     if tags:
-        warnings.warn("`tags` has no effect on the card of an adapter.", PeftliteWarning, stacklevel=3)
+        warn("`tags` has no effect on the card of an adapter.")
     with tempfile.TemporaryDirectory() as directory:
         save_adapter(model, directory)
         return hub.push_to_hub(

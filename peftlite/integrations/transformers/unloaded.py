@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from peftlite.core.transaction import drop, keep, keep_all, put
-from peftlite.errors import PeftliteWarning
+from peftlite.errors import warn
 
 QUANTISED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 """Attributes of a model that was loaded quantised."""
@@ -56,11 +55,9 @@ def untie(model: Any) -> None:
     for target in broken:
         drop(keys, target)
     names = ", ".join(f"`{target}`" for target in broken)
-    warnings.warn(
+    warn(
         f"{names} of {type(model).__name__}, tied to the input embeddings before, differ from them now that adapters "
-        f"are merged; `config.tie_word_embeddings` is {model.config.tie_word_embeddings}.",
-        PeftliteWarning,
-        stacklevel=6,
+        f"are merged; `config.tie_word_embeddings` is {model.config.tie_word_embeddings}."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -15,7 +14,7 @@ from peftlite.core.lifecycle import state_of
 from peftlite.core.state import AdapterState
 from peftlite.core.transaction import atomic, keep, keep_all, keep_values, put
 from peftlite.core.tree import layers, named_layers
-from peftlite.errors import PeftliteWarning, StateError
+from peftlite.errors import StateError, warn
 from peftlite.tuners.adalora.config import AdaLoraConfig, pattern_key
 
 FACTORS: Final = ("lora_A", "lora_B", "lora_E")
@@ -214,10 +213,8 @@ def notice_steps(model: nn.Module, state: AdapterState, name: str) -> None:
     if memory.watch.steps(E, most) <= most:
         return
     memory.is_watched = False
-    warnings.warn(
+    warn(
         f"AdaLoRA adapter `{name}` trains without allocating ranks: `tinit` is `{config.tinit}` and "
         "`update_and_allocate` was not called yet. Call `peftlite.update_and_allocate(model, step)` after every "
-        "`optimizer.step()`, or give transformers' Trainer an `AdaLoraCallback`.",
-        PeftliteWarning,
-        stacklevel=2,
+        "`optimizer.step()`, or give transformers' Trainer an `AdaLoraCallback`."
     )

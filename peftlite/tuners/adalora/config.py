@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from peftlite.checks import check_int, check_number, check_pattern, show, wrong
 from peftlite.config import PeftType, register_config
-from peftlite.errors import ConfigError, PeftliteWarning, UnsupportedFeatureError
+from peftlite.errors import ConfigError, UnsupportedFeatureError, warn
 from peftlite.tuners.lora.config import LoraConfig
 
 WITHOUT_EFFECT: Final = ("r", "use_rslora", "alpha_pattern", "lora_bias")
@@ -85,7 +84,7 @@ class AdaLoraConfig(LoraConfig):
         if self.target_r > self.init_r:
             said.append(f"`target_r` is `{self.target_r}`, above `init_r` `{self.init_r}`: no rank is ever taken away")
         if said:
-            warnings.warn("; ".join(said) + ".", PeftliteWarning, stacklevel=4)
+            warn("; ".join(said) + ".")
 
     @property
     def last_allocation(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +13,7 @@ from peftlite.core.hosts import Host, LinearHost
 from peftlite.core.inputs import Observed, observed
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
-from peftlite.errors import PeftliteWarning, StateError
+from peftlite.errors import StateError, warn
 from peftlite.tuners.lora.start import Shifted
 
 OFFSETS = "alora_offsets"
@@ -98,11 +97,9 @@ class Invocation:
         elif isinstance(ids, Tensor):
             tails = last_tails(ids, tokens)
         else:
-            warnings.warn(
+            warn(
                 "`inputs_embeds` without `input_ids` or `alora_offsets`: nobody can see the invocation tokens, so that "
-                "the adapter has no effect.",
-                PeftliteWarning,
-                stacklevel=2,
+                "the adapter has no effect."
             )
             return cls(tokens, None, 0)
         before = seen(call.inputs.get("past_key_values")).get(tokens)
