@@ -17,6 +17,10 @@ plan refuses the combination by name.
 
 `conv1d` is the layer of transformers, `conv1d-torch` that of torch; `attention` is `nn.MultiheadAttention`, `parameter`
 a bare matrix and `experts` a stack of them, both adapted by `target_parameters`.
+
+Three forms of LoRA are not here, since these laws are about single layers that keep their weight:
+`alora_invocation_tokens` and `arrow_config` look at whole calls and at other adapters, and `"loftq"` rounds the base
+layer. They have tests of their own.
 """
 
 

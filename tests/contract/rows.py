@@ -135,6 +135,7 @@ TUNERS: dict[str, Method] = {
     "lora-rslora": lora(use_rslora=True),
     "lora-dropout": lora(lora_dropout=0.3),
     "lora-lora_bias": lora(lora_bias=True),
+    "lora-false": lora(init_lora_weights=False),
     "lora-gaussian": lora(init_lora_weights="gaussian"),
     "lora-modules_to_save": lora(modules_to_save=["head"]),
     "lora-dora": lora(use_dora=True),
@@ -143,6 +144,9 @@ TUNERS: dict[str, Method] = {
     "lora-olora": lora(init_lora_weights="olora", lora_dropout=0.3),
     "lora-orthogonal": lora(init_lora_weights="orthogonal"),
     "lora-mica": lora(init_lora_weights="mica"),
+    "lora-eva": lora(init_lora_weights="eva"),
+    "lora-corda": lora(init_lora_weights="corda"),
+    "lora-lora_ga": lora(init_lora_weights="lora_ga"),
     "lora-bdlora": lora(use_bdlora={"target_modules_bd_a": ["layer"], "nblocks": 2}),
     "lora-bdlora-B": lora(use_bdlora={"target_modules_bd_b": ["layer"], "nblocks": 2}, lora_dropout=0.3),
     "lora-qalora": lora(use_qalora=True, qalora_group_size=4),
@@ -160,6 +164,9 @@ TUNERS: dict[str, Method] = {
     "vera": of("VeraConfig", r=6),
     "vera-unsaved": of("VeraConfig", r=6, save_projection=False, vera_dropout=0.1),
 }
+
+PREPARED = {"lora-corda": peftlite.preprocess_corda, "lora-lora_ga": peftlite.preprocess_loraga}
+"""Tuners whose adapters begin with what is seen in the base model, and what looks."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -181,6 +188,7 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
         for kind in (*CONVOLUTIONS, "experts")
     },
     **{("lora-dora-pissa", kind): "init_lora_weights" for kind in (*CONVOLUTIONS, "experts")},
+    **{(tuner, kind): "init_lora_weights" for tuner in PREPARED for kind in (*CONVOLUTIONS, *READ_BY_MODULE)},
     **{("lora-dora-pissa", kind): "use_dora" for kind in ("attention", "parameter")},
     **{("lora-olora", kind): "lora_dropout" for kind in ("attention", "parameter")},
     **{(f"lora-{form}", kind): "lora_" for form in ("dropout", "lora_bias", "dora-rslora") for kind in READ_BY_MODULE},
@@ -209,6 +217,8 @@ UNMERGEABLE = {
 """Combinations whose effect cannot be written into the base layer."""
 
 
+NO_IDENTITY = {"lora-false"}
+"""Fresh adapters that begin at random, as their config says."""
 NEARLY_IDENTITY = {"lora-orthogonal", "trainable_tokens"}
 """Fresh adapters whose factors are not zero, and their product is but for rounding; or rows that are computed apart."""
 RIVALS = {"lora-modules_to_save", "trainable_tokens"}
@@ -250,7 +260,14 @@ class Case:
         model = Holder(kind).to(DTYPES[self.dtype]).eval()
         if kind.quantised and isinstance(model.layer, nn.Linear):
             model.layer = QUANTISED[kind.quantised](model.layer)
+        if self.tuner in PREPARED and self.kind != "embedding" and (self.tuner, self.kind) not in UNSUPPORTED:
+            PREPARED[self.tuner](model, self.config(), lambda: self.step(model))
         return model
+
+    def step(self, model: nn.Module) -> None:
+        y = model(self.feed(5)).float().square().sum()
+        if y.requires_grad:
+            y.backward()
 
     def feed(self, seed: int = 2) -> Tensor:
         torch.manual_seed(seed)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peftlite
-from tests.contract.rows import KINDS, TAME_KINDS, TUNERS, UNSUPPORTED, Case, scramble
+from tests.contract.rows import CONVOLUTIONS, KINDS, PREPARED, TAME_KINDS, TUNERS, UNSUPPORTED, Case, scramble
 from tests.tuners.pairs import apart
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, and ours about its files
@@ -44,6 +44,7 @@ DIFFERENCES: list[tuple[str, str, Sequence[str], Sequence[str]]] = [
     ("the shape is the packed weight's", "invalid for input of size", LOKR, FOUR_BIT),
     ("PEFT applies the update of `out_proj` twice", "outputs", LORA, ["attention"]),
     ("not in PEFT", "has no attribute 'weight'", ["lora-pissa", "lora-orthogonal"], ["attention"]),
+    ("not in PEFT", "Unknown initialization", ["lora-eva"], [*CONVOLUTIONS, *TAME_KINDS]),
     ("not in PEFT", "unsupported variant", ["lora-mica"], ["attention", "parameter"]),
     ("not in PEFT, unless transformers loaded it", "torchao quantized layer", VERA, TORCHAO),
     ("not in PEFT", "does not support lora_bias", ["lora-lora_bias"], [*TORCHAO, "hqq"]),
@@ -67,7 +68,7 @@ WRONG = {(tuner, kind): match for _, match, tuners, kinds in DIFFERENCES for tun
 
 def rows(*, differ: bool) -> list[Case]:
     kin = {"conv1d-zeros": "conv1d-torch", "conv2d-strided": "conv2d", "conv2d-1x1": "conv2d"}
-    every = [(tuner, kind) for tuner in TUNERS for kind in (*KINDS, *TAME_KINDS)]
+    every = [(tuner, kind) for tuner in TUNERS if tuner not in PREPARED for kind in (*KINDS, *TAME_KINDS)]
     supported = [(tuner, kind) for tuner, kind in every if (tuner, kin.get(kind, kind)) not in UNSUPPORTED]
     return [Case(*row, "fp32") for row in supported if (row in WRONG) is differ]
 

@@ -19,7 +19,7 @@ import peftlite
 from peftlite.core.slots import ModuleSlot
 from peftlite.core.tree import find_state, layers
 from peftlite.errors import MergeError, PeftliteError, UnsupportedLayerError
-from tests.contract.rows import NEARLY_IDENTITY, RIVALS, UNSUPPORTED, Case, cases, scramble
+from tests.contract.rows import NEARLY_IDENTITY, NO_IDENTITY, PREPARED, RIVALS, UNSUPPORTED, Case, cases, scramble
 
 pytestmark = pytest.mark.filterwarnings("ignore:Merged into:peftlite.errors.PeftliteWarning")  # quantised layers
 
@@ -77,7 +77,9 @@ def test_a_fresh_adapter_is_the_identity(case: Case) -> None:
     base, x = case.base().requires_grad_(False), case.feed()  # with gradients, torch may take another kernel
     expected = base(x)
     peftlite.inject_adapter_in_model(case.config(), base)
-    if case.tuner in NEARLY_IDENTITY:
+    if case.tuner in NO_IDENTITY:
+        assert not torch.equal(base(x), expected)
+    elif case.tuner in NEARLY_IDENTITY:
         torch.testing.assert_close(base(x), expected, **case.tolerance)
     else:
         case.assert_same(base(x), expected)
@@ -198,9 +200,12 @@ def test_what_is_saved_is_loaded_in_both_shapes(case: Case, tmp_path: Path) -> N
     peftlite.save_adapter(model, tmp_path)
     inplace = case.base()
     peftlite.load_adapter(inplace, tmp_path)
-    case.assert_same(inplace(x), expected)
     wrapped = peftlite.PeftModel.from_pretrained(case.base(), tmp_path)
-    case.assert_same(wrapped(x), expected)
+    for read in (inplace, wrapped):
+        if case.tuner in PREPARED:  # written as plain LoRA of twice the rank, which is multiplied in another order
+            torch.testing.assert_close(read(x), expected, **case.tolerance)
+        else:
+            case.assert_same(read(x), expected)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         shared = {"base_model.vera_A", "base_model.vera_B"}
         assert all(key.startswith("base_model.model.") or key in shared for key in file.keys())  # noqa: SIM118

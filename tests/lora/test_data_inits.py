@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import dataclasses
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,9 +62,9 @@ def corda(method: str, **fields: Any) -> LoraConfig:
     return LoraConfig(**FIELDS, init_lora_weights="corda", corda_config=CordaConfig(corda_method=method, **fields))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("attr") is None, reason="PEFT's CorDA imports attrs")
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
-def test_corda_is_peft_s(method: str) -> None:
+def test_corda_is_peft_s(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))  # all it takes
     from peft.tuners.lora.config import CordaConfig as TheirCordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
@@ -377,6 +379,25 @@ def test_loftq_comes_nearer_than_rounding_alone_and_with_each_round(bits: int) -
     if bits == 4:
         assert missed[1] / float(W.norm()) <= 1.05 * peft_4_bit["one round"]
         assert missed[2] / float(W.norm()) <= 1.05 * peft_4_bit["five"]
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_loftq_comes_as_near_as_peft_s(bits: int, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    W = torch.randn(64, 128) / 10
+    to = Tensor.to
+
+    def stay(t: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # PEFT's asks for a GPU
+        args = tuple("cpu" if str(arg) == "cuda" else arg for arg in args)
+        return to(t, *args, **{name: "cpu" if name == "device" else value for name, value in kwargs.items()})
+
+    monkeypatch.setattr(Tensor, "to", stay)
+    monkeypatch.setattr(Tensor, "cuda", lambda t, *_, **__: t)
+    Q, A, B = peft.utils.loftq_utils.loftq_init(W, num_bits=bits, reduced_rank=8, num_iter=rounds)
+    theirs = (W - Q - B @ A).norm()
+    Q, A, B = approximate(W, 8, 1.0, loftq_bits=bits, loftq_iter=rounds)
+    assert (W - Q - B @ A).norm() <= theirs * (1 + 1e-5)
 
 
 def test_nf4_is_bitsandbytes_s() -> None:

@@ -227,11 +227,14 @@ def test_a_rank_beyond_the_weight_s_is_filled_up_with_plain_lora() -> None:
 REFUSED = [
     ({"init_lora_weights": "orthogonal", "r": 3}, "even rank"),
     ({"init_lora_weights": "mica", "r": 11}, "at most 10"),
+    ({"init_lora_weights": "pissa", "lora_alpha": -8}, "alpha above 0, and its alpha is -8"),
+    ({"init_lora_weights": "pissa_niter_2", "alpha_pattern": {"layer": 0}}, "alpha above 0, and its alpha is 0"),
+    ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}, "lora_alpha": 0}, "alpha above 0"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "reason"), REFUSED)
-def test_impossible_ranks_are_refused_by_name(fields: dict[str, Any], reason: str) -> None:
+def test_impossible_ranks_and_alphas_are_refused_by_name(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(peftlite.errors.UnsupportedLayerError, match=reason):
         peftlite.plan(Net(), LoraConfig(target_modules=["layer"], **fields))
 

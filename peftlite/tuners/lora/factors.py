@@ -89,7 +89,7 @@ def entries(host: Host, r: int) -> int:
 @cannot_adapt.register
 def _(host: LinearHost, config: LoraConfig, path: str) -> str | None:
     begin = beginning(config.init_lora_weights)
-    return None if begin is None else begin.cannot(host, config.rank_for(path))
+    return None if begin is None else begin.refuses(host, config, path)
 
 
 @factors.register
@@ -229,7 +229,7 @@ def _(host: ParamHost, config: LoraConfig, path: str) -> str | None:
         return f"`lora_dropout` is `{config.lora_dropout}`, and its input is not seen by the adapter; it must be 0"
     if config.lora_bias:
         return "`lora_bias` needs a layer that is called"
-    return None if begin is None else begin.cannot(host, config.rank_for(path))
+    return None if begin is None else begin.refuses(host, config, path)
 
 
 @entries.register

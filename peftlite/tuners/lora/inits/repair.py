@@ -57,6 +57,9 @@ def replace_lora_weights_loftq(
         if type(layer.variants[adapter_name]) is not Lora:
             kind = type(layer.variants[adapter_name]).__name__
             raise StateError(f"Adapter `{adapter_name}` is {kind} on `{path}`, not plain LoRA. Nothing was changed.")
+        if layer.scaling[adapter_name] <= 0:
+            scaling = layer.scaling[adapter_name]
+            raise StateError(f"The scaling of `{path}` is `{scaling}`; it must be above 0. Nothing was changed.")
     names = {id(module): name for name, module in peft_model.named_modules()}
     path_or_none = model_path or state.configs[adapter_name].base_model_name_or_path
     with originals(path_or_none) as read:

@@ -61,6 +61,15 @@ class Beginning:
     """Why a layer cannot begin so at some rank, or None."""
     rewrites: bool = False
     """Whether `make` gives before these what the base layer's weight becomes for good."""
+    divides: bool = False
+    """Whether the factors are what they are to be together, divided by the scaling, or its root."""
+
+    def refuses(self, host: Host, config: Any, path: str) -> str | None:
+        """Why a layer cannot begin so under a config, or None."""
+        alpha = config.alpha_for(path)
+        if self.divides and alpha <= 0:
+            return f"`init_lora_weights={config.init_lora_weights!r}` needs an alpha above 0, and its alpha is {alpha}"
+        return self.cannot(host, config.rank_for(path))
 
     def fill(self, made: dict[str, Any], host: Host, at: Placement) -> dict[str, Any]:
         """Put first values into fresh factors, which have the random ones; those on meta only get what is subtracted.
@@ -100,7 +109,7 @@ def by_weight(function: Weighted) -> Callable[[Job], tuple[Tensor, Tensor]]:
 
 
 BEGINNINGS: dict[str, Beginning] = {
-    "pissa": Beginning(by_weight(weights.pissa), subtracted=True),
+    "pissa": Beginning(by_weight(weights.pissa), subtracted=True, divides=True),
     "olora": Beginning(by_weight(weights.olora), subtracted=True),
     "orthogonal": Beginning(by_weight(weights.orthogonal), cannot=even),
     "mica": Beginning(by_weight(weights.mica), cannot=within),
@@ -108,6 +117,7 @@ BEGINNINGS: dict[str, Beginning] = {
         lambda job: covariance.recall(job.layer, job.path, job.config.corda_config, job.r).factors(job.r, job.scaling),
         subtracted=True,
         follows=False,
+        divides=True,
     ),
     "lora_ga": Beginning(
         lambda job: gradients.recall(job.layer, job.path, job.r).factors(
@@ -115,10 +125,12 @@ BEGINNINGS: dict[str, Beginning] = {
         ),
         subtracted=True,
         follows=False,
+        divides=True,
     ),
     "loftq": Beginning(
         lambda job: loftq.approximate(job.W, job.r, job.scaling, **job.config.loftq_config),
         rewrites=True,
+        divides=True,
         cannot=loftq.cannot,
     ),
 }
@@ -128,7 +140,7 @@ def beginning(init: object) -> Beginning | None:
     """What `init_lora_weights` asks for, or None for the random beginnings."""
     niter = re.fullmatch(r"pissa_niter_(\d{1,3})", init) if isinstance(init, str) else None
     if niter is not None:
-        return Beginning(by_weight(partial(weights.pissa, niter=int(niter[1]))), subtracted=True)
+        return Beginning(by_weight(partial(weights.pissa, niter=int(niter[1]))), subtracted=True, divides=True)
     return BEGINNINGS.get(init) if isinstance(init, str) else None
 
 
