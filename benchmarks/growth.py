@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import peftlite
 from benchmarks import resident
 from benchmarks.harness import (
-    IMPLEMENTATIONS,
     Action,
     Checked,
     Curve,
@@ -26,7 +29,7 @@ from benchmarks.harness import (
     pair,
     same,
 )
-from benchmarks.models import STACK, Stack, both, by_hand
+from benchmarks.models import ALL, STACK, Stack, both, by_hand, shapes
 from benchmarks.training import step, without_dropout
 
 LIBRARIES: dict[str, Any] = {"peft": peft, "peftlite": peftlite}
@@ -38,9 +41,9 @@ GOALS = {
 
 
 def rows(quick: bool) -> Iterator[Row | Curve]:
-    counts = (1, 3) if quick else (1, 3, 10, 30, 100, 300, 1000)
-    yield from adapters(counts, 3 if quick else 100)
+    yield from with_many(3 if quick else 100, layers=1 if quick else 4)
     yield memory(quick)
+    yield from up_to((1, 3) if quick else (1, 3, 10, 30, 100, 300, 1000))
     h, ranks, tokens = (64, (4, 8), (1, 8)) if quick else (1024, (4, 16, 64, 256), (1, 8, 64, 512, 2048))
     yield over_rank(h, ranks)
     yield over_tokens(h, tokens, training=False)
@@ -48,37 +51,41 @@ def rows(quick: bool) -> Iterator[Row | Curve]:
 
 
 # ---- adapters
-def adapters(counts: tuple[int, ...], shown: int) -> Iterator[Row | Curve]:
-    """A small model with more and more adapters; with `shown` of them, a row for each call."""
-    models = {name: library.get_peft_model(Stack(16), config(library), "n0") for name, library in LIBRARIES.items()}
-    found: dict[str, dict[str, dict[int, Spread]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for count in counts:
-            for name, model in models.items():
-                fill(name, model, count)
-            checked = same_tensors(models)
-            for call, spreads in calls(models, Path(folder), count, checked):
-                for name, spread in spreads.items():
-                    found.setdefault(call, {}).setdefault(name, {})[count] = spread
-                if count == shown:
-                    yield Row(f"{call}, {count} adapters loaded", "ms", spreads, GOALS.get(call, ()), checked)
-    for call, curves in found.items():
-        yield Curve(call, "adapters loaded", "ms", curves)
+def with_many(count: int, layers: int) -> Iterator[Row]:
+    """Each call on a small Llama that has `count` adapters."""
+    models = adapted(lambda: LlamaForCausalLM(shapes(64, layers)), ALL)
+    title = f"{count} adapters on {7 * layers} layers"
+    for call, found, checked in calls(models, count):
+        yield Row(f"{call}, {title}", "ms", found, GOALS.get(call, ()), checked)
 
 
-def config(library: Any) -> Any:
-    return library.LoraConfig(r=4, target_modules=STACK)
+def up_to(counts: tuple[int, ...]) -> Iterator[Curve]:
+    """Each call on three layers that have more and more adapters."""
+    models = adapted(lambda: Stack(16), STACK)
+    curves: dict[str, dict[str, dict[int, Spread]]] = {}
+    for count in counts:
+        for call, found, _ in calls(models, count):
+            for name, spread in found.items():
+                curves.setdefault(call, {}).setdefault(name, {})[count] = spread
+    for call, found in curves.items():
+        yield Curve(f"{call}, 3 layers", "adapters loaded", "ms", found)
+
+
+def adapted(base: Callable[[], nn.Module], targets: list[str] | str) -> dict[str, Any]:
+    fields: dict[str, Any] = {"r": 4, "target_modules": targets}
+    return {name: of.get_peft_model(base(), of.LoraConfig(**fields), "n0") for name, of in LIBRARIES.items()}
 
 
 def fill(name: str, model: Any, count: int) -> None:
     """Adapters up to `count`. PEFT's by the layers' own calls: by `add_adapter` a thousand would take minutes."""
+    config = model.peft_config["n0"]
     for k in range(len(model.peft_config), count):
-        fresh = config(LIBRARIES[name])
+        fresh = copy.deepcopy(config)
         if name == "peftlite":
             model.add_adapter(f"n{k}", fresh)
             continue
         model.peft_config[f"n{k}"] = fresh
-        for layer in model.base_model.model.layers:
+        for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
             layer.update_layer(f"n{k}", fresh.r, fresh.lora_alpha, config=fresh)
             layer.lora_A[f"n{k}"].requires_grad_(False)
             layer.lora_B[f"n{k}"].requires_grad_(False)
@@ -89,47 +96,61 @@ def same_tensors(models: dict[str, Any]) -> Checked:
     return equal(*kinds)
 
 
-def calls(
-    models: dict[str, Any], folder: Path, count: int, checked: Checked
-) -> Iterator[tuple[str, dict[str, Spread]]]:
-    """(what is called, what it takes); after each the model is as before."""
-
-    def timed(action: Callable[[str, Any], object], before: Callable[[str, Any], object] | None = None) -> Any:
-        actions: dict[str, Action] = {n: (lambda n=n, m=m: action(n, m)) for n, m in models.items()}  # type: ignore[misc]
-        first: dict[str, Action] = {n: (lambda n=n, m=m: before(n, m)) for n, m in models.items() if before}  # type: ignore[misc]
-        return pair(checked, actions, rounds=3 if count > 100 else 7, before=first)
-
-    def forget(name: str, model: Any) -> None:
-        if "new" in model.peft_config:
-            model.delete_adapter("new")
-
-    def switch(name: str, model: Any) -> None:
-        model.set_adapter(next(names[name]))
-
-    names = {name: iter([f"n{k % count}" for k in range(1000)]) for name in IMPLEMENTATIONS}
-    kept = folder / "n0"
-    models["peftlite"].save_pretrained(folder, selected_adapters=["n0"])
-
-    def save(name: str, model: Any) -> None:
-        model.save_pretrained(folder / name, selected_adapters=["n0"])
-
-    def load(name: str, model: Any) -> None:
-        model.load_adapter(kept, "new")
-
-    def cycle(name: str, model: Any) -> None:
-        load(name, model)
-        forget(name, model)
-
-    def read(name: str, model: Any) -> None:
-        LIBRARIES[name].get_peft_model_state_dict(model, adapter_name="n0")
-
-    yield "add_adapter", timed(lambda name, model: model.add_adapter("new", config(LIBRARIES[name])), forget)
+def calls(models: dict[str, Any], count: int) -> Iterator[tuple[str, dict[str, Spread], Checked]]:
+    """(what is called, what it takes, compared), with `count` adapters loaded."""
     for name, model in models.items():
-        forget(name, model)
-    yield "set_adapter", timed(switch)
-    yield "get_peft_model_state_dict", timed(read)
-    yield "save_pretrained of one", timed(save)
-    yield "load_adapter + delete_adapter", timed(cycle)
+        fill(name, model, count)
+    checked = same_tensors(models)
+    with tempfile.TemporaryDirectory() as place:
+        many = Many(models, count, Path(place))
+        for call, action, before in (
+            ("add_adapter", many.add, many.forget),
+            ("set_adapter", many.switch, many.forget),
+            ("get_peft_model_state_dict", many.read, many.forget),
+            ("save_pretrained of one", many.save, many.forget),
+            ("load_adapter", many.load, many.forget),
+            ("delete_adapter", many.forget, many.ensure),
+            ("load_adapter + delete_adapter", many.cycle, many.forget),
+        ):
+            actions, first = ({name: partial(act, name) for name in models} for act in (action, before))
+            yield call, pair(checked, actions, rounds=3 if count > 100 else 7, before=first), checked
+
+
+class Many:
+    """What is called on models with `count` adapters; one more, "new", comes and goes."""
+
+    def __init__(self, models: dict[str, Any], count: int, folder: Path) -> None:
+        self.models, self.folder = models, folder
+        self.names = {name: iter([f"n{k % count}" for k in range(1000)]) for name in models}
+        models["peftlite"].save_pretrained(folder, selected_adapters=["n0"])
+
+    def add(self, name: str) -> None:
+        targets = self.models[name].peft_config["n0"].target_modules
+        self.models[name].add_adapter("new", LIBRARIES[name].LoraConfig(r=4, target_modules=targets))
+
+    def switch(self, name: str) -> None:
+        self.models[name].set_adapter(next(self.names[name]))
+
+    def read(self, name: str) -> None:
+        LIBRARIES[name].get_peft_model_state_dict(self.models[name], adapter_name="n0")
+
+    def save(self, name: str) -> None:
+        self.models[name].save_pretrained(self.folder / name, selected_adapters=["n0"])
+
+    def load(self, name: str) -> None:
+        self.models[name].load_adapter(self.folder / "n0", "new")
+
+    def forget(self, name: str) -> None:
+        if "new" in self.models[name].peft_config:
+            self.models[name].delete_adapter("new")
+
+    def ensure(self, name: str) -> None:
+        if "new" not in self.models[name].peft_config:
+            self.load(name)
+
+    def cycle(self, name: str) -> None:
+        self.load(name)
+        self.forget(name)
 
 
 def memory(quick: bool) -> Row:

@@ -41,7 +41,7 @@ def cost(before: str, what: str) -> tuple[Spread, int]:
     program = _PROGRAM.format(before=before, what=what)
     found = [
         subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, capture_output=True, text=True)
-        for _ in range(1 if Settings.quick else 5)
+        for _ in range(1 if Settings.quick else 3)
     ]
     times, modules = zip(*(run.stdout.split()[-2:] for run in found), strict=True)
     return Spread.of(list(map(float, times))), int(modules[0])

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 _START = """
-import gc, sys, torch, warnings
+import gc, torch, warnings
 warnings.simplefilter("ignore")
 import {library} as library
 
@@ -29,7 +29,7 @@ print(status("VmHWM") - before)
 _ADAPTERS = """
 from torch import nn
 first, more = {first}, {more}
-fields = {{"r": 4, "target_modules": [str(k) for k in range(28)]}}
+fields = {{"r": 4, "target_modules": "[0-9]+"}}
 config = lambda: library.LoraConfig(**fields)
 model = library.get_peft_model(nn.Sequential(*(nn.Linear(64, 64) for _ in range(28))), config(), "n0")
 for k in range(1, first):
