@@ -7,7 +7,7 @@ import importlib
 import os
 from typing import Any, ClassVar
 
-from peftlite.checkpoint.hub import HubOptions, resolve
+from peftlite.checkpoint.hub import HubOptions, has, resolve
 from peftlite.config import PeftConfig, TaskType
 from peftlite.errors import ConfigError
 from peftlite.model import (
@@ -111,10 +111,12 @@ class AutoPeftModel:
     @staticmethod
     def _fit_vocabulary(base: Any, place: str | os.PathLike[str], hub: dict[str, Any]) -> None:
         """Give the base model as many embeddings as a tokenizer beside the adapter has tokens, if there is one."""
-        if not os.path.isfile(os.path.join(place, hub.get("subfolder") or "", "tokenizer_config.json")):
+        options = HubOptions.from_kwargs(hub)
+        if not has(place, "tokenizer_config.json", options):
             return
         tokenizers: Any = importlib.import_module(LIBRARY).AutoTokenizer
-        tokens = len(tokenizers.from_pretrained(os.path.join(place, hub.get("subfolder") or "")))
+        given = {key: value for key, value in dataclasses.asdict(options).items() if value}
+        tokens = len(tokenizers.from_pretrained(place, **given))
         if tokens > base.get_input_embeddings().num_embeddings:
             base.resize_token_embeddings(tokens)
 

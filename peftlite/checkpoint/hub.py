@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -234,6 +234,21 @@ def _download(repo_id: str, options: config.HubOptions, subfolder: str, config_f
             with suppress(EntryNotFoundError):  # only peftlite writes it
                 fetch(RECORD_NAME, _commit_of(at) or revision)
     return at.parent
+
+
+def has(id_or_dir: str | os.PathLike[str], name: str, options: config.HubOptions) -> bool:
+    """Whether a file lies beside an adapter, in its directory or repository; False where the hub cannot be asked."""
+    place = Path(id_or_dir).expanduser()
+    if place.is_dir() or not is_repo_id(id_or_dir):
+        return (place / _checked(options.subfolder) / name).is_file()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        hf_hub_download(os.fspath(id_or_dir), name, **asdict(options))
+    except EntryNotFoundError:
+        return False
+    return True
 
 
 def _commit_of(path: Path) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from peftlite import LoraConfig
+from tests.ecosystem.flows.small import tokenizer
 from tests.ecosystem.hub_server import TOKEN, Hub, Repo, serving
 from tests.ecosystem.programs import program
 from tests.models import tiny
@@ -189,6 +190,12 @@ def test_the_id_of_an_adapter_is_enough(hub: Hub, client: dict[str, str], tmp_pa
     hub.repos["some/base"].commit("main", files["base"])
     hub.repos["some/adapter"].commit("main", files["1"])
     hub.repos["some/adapter"].commit("v2", files["2"])
+    model.resize_token_embeddings(52)
+    tokens = tokenizer()
+    tokens.add_tokens(["a", "b", "c", "d"])
+    for part in (model, tokens):
+        part.save_pretrained(tmp_path / "grown")
+    hub.repos["some/adapter"].commit("grown", {file.name: file.read_bytes() for file in (tmp_path / "grown").iterdir()})
     program(
         SETUP,
         f"""
@@ -208,6 +215,9 @@ def test_the_id_of_an_adapter_is_enough(hub: Hub, client: dict[str, str], tmp_pa
         assert not torch.equal(expected, second)
         for kind in kinds[2:]:
             assert torch.equal(second, loaded(kind, adapter_kwargs={{"revision": "v2"}}))
+        from_hub = loaded(peftlite.AutoPeftModel, revision="grown")
+        assert from_hub.shape[-1] == 52
+        assert torch.equal(from_hub, loaded(peftlite.AutoPeftModel, {str(tmp_path / "grown")!r}))
         refused(lambda: loaded(peftlite.AutoPeftModelForSeq2SeqLM), peftlite.errors.ConfigError, "CAUSAL_LM")
         """,
         **client,

@@ -63,9 +63,9 @@ def dpo(directory: str) -> None:
 
 def reward(directory: str) -> None:
     torch.manual_seed(0)
-    model = transformers.LlamaForSequenceClassification(
-        transformers.LlamaConfig(**{**llama().config.to_dict(), "num_labels": 1})
-    )
+    base = llama().config
+    base.num_labels = 1
+    model = transformers.LlamaForSequenceClassification(base)
     data = PAIRS.remove_columns("prompt")
     config = LoraConfig(r=4, task_type=TaskType.SEQ_CLS, target_modules=["q_proj", "v_proj"])
     trainer = RewardTrainer(
