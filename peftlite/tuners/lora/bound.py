@@ -9,7 +9,7 @@ instance, subclasses of modules or tensors, autocast, functorch transforms, a ba
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from itertools import repeat
 from operator import contains
 from typing import Any
@@ -21,6 +21,7 @@ from torch.nn.modules import module as torch_module
 
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
+from peftlite.tuners.lora.passes import Saved, add_product, gradients, kept, low_of
 
 _SMALL = 1 << 17  # elements of x below which a Function in Python costs more than dropout by plain autograd
 _LEVELS = 1 << 16  # a dropout mask is drawn from 16 random bits per element
@@ -44,54 +45,46 @@ class FusedLora(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float, p: float
     ) -> Tensor:
         y = F.linear(x, W, bias)
-        keep = keep_mask(x.shape, p, x.device) if p else None
+        keep = keep_mask(x.numel(), p, x.device).view(-1, x.shape[-1]) if p else None
         if p:
             s = s / (1 - p)
-        u = F.linear(kept(x.to(A.dtype), keep), A).view(-1, A.shape[0])  # (rows, r)
-        flat = y.view(-1, y.shape[-1])
-        if y.dtype == A.dtype:
-            flat.addmm_(u, B.t(), alpha=s)
-        else:
-            flat.add_(torch.mm(u, B.t()), alpha=s)
+        u = low_of(x.reshape(-1, x.shape[-1]), keep, A)  # (rows, r)
+        add_product(y.view(-1, y.shape[-1]), u, B.t(), s)
         ctx.save_for_backward(x, u, A, B, W, keep)
         ctx.s = s
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, u, A, B, W, keep = ctx.saved_tensors
-        need, s, dtype = ctx.needs_input_grad, ctx.s, A.dtype
+        saved, s, need = ctx.saved_tensors, ctx.s, ctx.needs_input_grad  # asked for once: checkpoints allow no more
         g = grad.reshape(-1, grad.shape[-1])
-        g_low = g.to(dtype)
-        gu = torch.mm(g_low, B * s)  # (rows, r)
-        if torch.is_grad_enabled():  # differentiated again: u must depend on x and A
-            u = F.linear(kept(x.to(dtype), keep), A).view(-1, A.shape[0])
-        gB = torch.mm(g_low.t(), u) * s if need[4] else None
-        del g_low
-        gA = torch.mm(gu.t(), kept(x.to(dtype), keep).reshape(-1, x.shape[-1])) if need[3] else None
-        gx = grad_of_input(g, gu, W, A, keep).view(x.shape) if need[0] else None
+        if torch.is_grad_enabled():
+            return *differentiable(saved, s, need, g), None, None
+        x, _, A, _, W, keep = saved
+        gu, gA, gB = gradients(saved, s, need, g)
+        gx = None
+        if need[0]:
+            gx = torch.mm(g, W)
+            add_product(gx, gu, A, keep=keep)
+            gx = gx.view(x.shape)
         return gx, None, g.sum(0) if need[2] else None, gA, gB, None, None
 
 
-def grad_of_input(g: Tensor, gu: Tensor, W: Tensor, A: Tensor, keep: Tensor | None) -> Tensor:
-    """G W + drop(Gu A): (rows, out) @ (out, in) + (rows, r) @ (r, in) -> (rows, in)."""
-    gx = torch.mm(g, W)
-    if keep is None and gx.dtype == A.dtype:
-        return gx.addmm_(gu, A)
-    low = torch.mm(gu, A)
-    return gx.add_(low if keep is None else torch.where(keep.view(low.shape), low, 0.0))
+def differentiable(saved: Saved, s: float, need: Sequence[bool], g: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of x, W, b, A, B by operations that have gradients themselves; so u is made again from x and A."""
+    x, _, A, B, W, keep = saved
+    wide, given = g.to(A.dtype), kept(x.reshape(-1, x.shape[-1]).to(A.dtype), keep)
+    gu = torch.mm(wide, B * s)
+    gx = (torch.mm(g, W) + kept(torch.mm(gu, A), keep)).to(x.dtype).view(x.shape) if need[0] else None
+    gA = torch.mm(gu.t(), given) if need[3] else None
+    gB = torch.mm(wide.t(), torch.mm(given, A.t())) * s if need[4] else None
+    return gx, None, g.sum(0) if need[2] else None, gA, gB
 
 
-def keep_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
+def keep_mask(count: int, p: float, device: torch.device) -> Tensor:
     """A bool per element, True with probability 1 - p; cheaper than one float per element."""
-    count = math.prod(shape)
     bits = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
-    return (bits.view(torch.int16)[:count] >= round(p * _LEVELS) - _LEVELS // 2).view(shape)
-
-
-def kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    """Zeros where the mask does not keep `x`; without rescaling."""
-    return x if keep is None else torch.where(keep, x, 0.0)
+    return bits.view(torch.int16)[:count] >= round(p * _LEVELS) - _LEVELS // 2
 
 
 def suits(a: View) -> bool:
@@ -187,7 +180,7 @@ class BoundLinear:
         if A.dtype == y.dtype:
             y.addmm_(F.linear(flat, A), Bt, alpha=self.s)
         else:
-            y.add_(torch.mm(F.linear(flat.to(A.dtype), A), Bt), alpha=self.s)
+            add_product(y, low_of(flat, None, A), Bt, self.s)
         return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
 
     def traced(self, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, p: float) -> Tensor:
