@@ -160,13 +160,13 @@ class BoundLinear:
         p = dropout.p if dropout is not None and dropout.training else 0.0
         if torch.compiler.is_compiling():
             return self.traced(x, W, bias, A, B, p)
-        if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad or W.requires_grad):
-            if W.requires_grad or torch._C._are_functorch_transforms_active() or (p and x.numel() < _SMALL):
-                return self.slow(x)
-            return FusedLora.apply(x, W, bias, A, B, self.s, p)  # type: ignore[no-untyped-call]
-        if p or torch._C._are_functorch_transforms_active():
+        wanted = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad or W.requires_grad)
+        if not (p or wanted or torch._C._are_functorch_transforms_active()):
+            return self.infer(x, W, bias, A, B)
+        # with dropout, nothing here depends on `wanted`: a recomputation with gradients must draw the same mask
+        if W.requires_grad or torch._C._are_functorch_transforms_active() or (p and x.numel() < _SMALL):
             return self.slow(x)
-        return self.infer(x, W, bias, A, B)
+        return FusedLora.apply(x, W, bias, A, B, self.s, p)  # type: ignore[no-untyped-call]
 
     def infer(self, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
         """The adapted layer without gradients. A view of B is kept, which sees every write to B; a copy would not."""

@@ -1,0 +1,212 @@
+"""Training one LoRA layer in every way that torch has: the gradients are those of the formula, written out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import peftlite
+from peftlite.tuners.lora import bound, passes
+
+IN, OUT = 12, 10
+Found = dict[str, Tensor]
+
+
+class Formula(nn.Module):
+    """What `layer` computes, by plain operations, with parameters of its own that have the same names."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = copy.deepcopy(layer)
+        self.p: float = getattr(layer.lora_dropout["default"], "p", 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, A, B = (self.layer.base_layer, *(f["default"].weight for f in (self.layer.lora_A, self.layer.lora_B)))
+        y = F.linear(x, base.weight, base.bias)
+        low = x.to(A.dtype)
+        if self.p:
+            low = torch.where(bound.keep_mask(x.numel(), self.p, x.device).view(x.shape), low, 0.0) / (1 - self.p)
+        return (y + F.linear(F.linear(low, A), B) * self.layer.scaling["default"]).to(y.dtype)
+
+
+def adapted(dtype: torch.dtype, dropout: float, bias: str = "none") -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(IN, OUT)).to(dtype)
+    fields: dict[str, Any] = {"r": 3, "target_modules": ["0"], "lora_dropout": dropout, "bias": bias}
+    peftlite.inject(model, peftlite.LoraConfig(**fields))
+    nn.init.normal_(model[0].lora_B["default"].weight)
+    return model[0]
+
+
+def loss_of(y: Tensor) -> Tensor:
+    return y.float().pow(3).mean()
+
+
+def found_in(layer: nn.Module, **more: Tensor | None) -> Found:
+    named = {name.removeprefix("layer."): p.grad for name, p in layer.named_parameters()}
+    return {name: grad for name, grad in {**named, **more}.items() if grad is not None}
+
+
+def plain(layer: nn.Module, x: Tensor) -> Found:
+    y = layer(x)
+    loss_of(y).backward()
+    return found_in(layer, x=x.grad, y=y.detach())
+
+
+def frozen_input(layer: nn.Module, x: Tensor) -> Found:
+    return plain(layer, x.detach())
+
+
+def transposed(layer: nn.Module, x: Tensor) -> Found:
+    y = layer(x.transpose(0, 1))
+    loss_of(y * torch.arange(y.numel()).view(y.shape[::-1]).permute(2, 1, 0).to(y.dtype) / y.numel()).backward()
+    return found_in(layer, x=x.grad, y=y.detach())
+
+
+def flat(layer: nn.Module, x: Tensor) -> Found:
+    y = layer(x[0])
+    loss_of(y).backward()
+    return found_in(layer, x=x.grad, y=y.detach())
+
+
+def single(layer: nn.Module, x: Tensor) -> Found:
+    y = layer(x[0, 0])
+    loss_of(y).backward()
+    return found_in(layer, x=x.grad, y=y.detach())
+
+
+def empty(layer: nn.Module, x: Tensor) -> Found:
+    y = layer(x[:0])
+    y.sum().backward()
+    return found_in(layer, x=x.grad, y=y.detach())
+
+
+def autocast(layer: nn.Module, x: Tensor) -> Found:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    loss_of(y).backward()
+    return found_in(layer, x=x.grad, y=y.detach())
+
+
+def reentrant(layer: nn.Module, x: Tensor) -> Found:
+    return plain(lambda_of(layer, use_reentrant=True), x) | found_in(layer)
+
+
+def not_reentrant(layer: nn.Module, x: Tensor) -> Found:
+    return plain(lambda_of(layer, use_reentrant=False), x) | found_in(layer)
+
+
+def lambda_of(layer: nn.Module, use_reentrant: bool) -> nn.Module:
+    class Checkpointed(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(layer, x, use_reentrant=use_reentrant)
+
+    return Checkpointed()
+
+
+def twice(layer: nn.Module, x: Tensor) -> Found:
+    (g,) = torch.autograd.grad(loss_of(layer(x)), x, create_graph=True)
+    loss_of(g * 10).backward()
+    return found_in(layer, x=x.grad, g=g.detach())
+
+
+def functional(layer: nn.Module, x: Tensor) -> Found:
+    values = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+
+    def loss(values: Found, x: Tensor) -> Tensor:
+        return loss_of(torch.func.functional_call(layer, values, (x,)))
+
+    grads, gx = torch.func.grad(loss, argnums=(0, 1))(values, x.detach())
+    return {**{name.removeprefix("layer."): grad for name, grad in grads.items()}, "x": gx}
+
+
+def per_sample(layer: nn.Module, x: Tensor) -> Found:
+    values = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+
+    def loss(values: Found, x: Tensor) -> Tensor:
+        return loss_of(torch.func.functional_call(layer, values, (x,)))
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, x.detach())
+    return {name.removeprefix("layer."): grad for name, grad in found.items()}
+
+
+def hooked(layer: nn.Module, x: Tensor) -> Found:
+    inner: Any = layer.layer if isinstance(layer, Formula) else layer
+    seen: list[Tensor] = []
+    if inner is layer:
+        inner.lora_A["default"].register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    found = plain(layer, x)
+    assert inner is not layer or len(seen) == 1
+    return found
+
+
+def compiled(layer: nn.Module, x: Tensor) -> Found:
+    torch._dynamo.reset()
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    loss_of(y).backward()
+    return found_in(layer, x=x.grad, y=y.detach())
+
+
+def one_factor(layer: nn.Module, x: Tensor) -> Found:
+    for name, p in layer.named_parameters():
+        if "lora_A" in name:
+            p.requires_grad_(False)
+    return plain(layer, x)
+
+
+FUSED = (plain, frozen_input, transposed, flat, single, empty, reentrant, not_reentrant, twice, one_factor)
+OTHERS = (autocast, functional, per_sample, hooked, compiled)
+CASES = [(way, dropout) for way in FUSED for dropout in (0.0, 0.4)] + [(way, 0.0) for way in OTHERS]
+NAMES = [f"{way.__name__}{'-dropout' if dropout else ''}" for way, dropout in CASES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("way", "dropout"), CASES, ids=NAMES)
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_gradients_are_those_of_the_formula(
+    way: Callable[[nn.Module, Tensor], Found],
+    dropout: float,
+    dtype: torch.dtype,
+    bias: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bound, "_SMALL", 0)  # small inputs too
+    monkeypatch.setattr(passes, "_BLOCK", 3 * IN)  # in several blocks, the last of them smaller
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    layer = adapted(dtype, dropout, bias)
+    formula = Formula(layer)
+    applied: list[object] = []
+    real = bound.FusedLora.apply
+    monkeypatch.setattr(bound.FusedLora, "apply", lambda *args: applied.append(args) or real(*args))
+    results = []
+    for module in (layer, formula):
+        torch.manual_seed(1)
+        x = torch.randn(2, 5, IN).to(dtype).requires_grad_()
+        torch.manual_seed(2)
+        results.append(way(module, x))
+    ours, theirs = results
+    assert ours.keys() == theirs.keys()
+    assert bool(applied) == (way in FUSED)
+    low = dtype is torch.bfloat16 or way is autocast
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        size = float(theirs[name].abs().max()) if theirs[name].numel() else 0.0
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=max(1e-12, (4e-2 if low else 1e-5) * size))
+
+
+@torch.no_grad()
+def test_inference_in_blocks_is_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = adapted(torch.bfloat16, 0.0).eval(), torch.randn(40, IN).bfloat16()
+    whole = layer(x)
+    monkeypatch.setattr(passes, "_BLOCK", 7 * IN)
+    assert [(rows.start, rows.stop) for rows in passes.blocks(torch.empty(20, 7 * IN * torch.get_num_threads()))] == [
+        (row, row + 1) for row in range(20)
+    ]
+    torch.testing.assert_close(layer(x), whole, rtol=2**-7, atol=1e-3)
