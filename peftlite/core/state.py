@@ -129,10 +129,11 @@ def check_adapter_name(name: str, taken: Sequence[str] | Iterable[str] = ()) -> 
 
     Raises: AdapterNameError.
     """
-    if not isinstance(name, str) or not name or "." in name or "/" in name or "\\" in name or name == BASE:
+    if not isinstance(name, str) or not name.isprintable() or set(name) & set("./\\") or name in ("", BASE):
         raise AdapterNameError(
-            f"An adapter cannot be called `{name}`: a name is a non-empty string without `.`, `/` and `\\`, and "
-            f"`{BASE}` stands for the base model. Nothing was changed."
+            f"An adapter cannot be called `{ascii(name)[1:-1] if isinstance(name, str) else name}`: a name is a "
+            f"non-empty string that can be printed, without `.`, `/` and `\\`, and `{BASE}` stands for the base model. "
+            "Nothing was changed."
         )
     if name in taken:
         raise AdapterNameError(
