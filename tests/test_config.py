@@ -526,3 +526,17 @@ def test_numbers_of_other_types_become_plain_ones() -> None:
     assert (type(config.r), type(config.lora_alpha), type(config.lora_dropout)) == (int, float, float)
     assert json.loads(config.to_json())["r"] == 4
     assert LoraConfig(init_lora_weights="Gaussian").init_lora_weights == "gaussian"
+
+
+@pytest.mark.parametrize("core", ["megatron.core", "", "..", "no_such.package", None, 3])
+def test_layers_of_megatron_are_refused_with_the_package_that_is_missing(core: Any) -> None:
+    said = (
+        r"`megatron_config` is .*megatron-core, which is not installed: there is no package `.*`.*Nothing was changed"
+    )
+    with pytest.raises(UnsupportedFeatureError, match=said):
+        LoraConfig(megatron_config={"tensor_model_parallel_size": 2}, megatron_core=core)
+
+
+def test_layers_of_megatron_are_refused_where_it_is_installed() -> None:
+    with pytest.raises(UnsupportedFeatureError, match=r"`megatron_config` is .*does not have that feature yet"):
+        LoraConfig(megatron_config={"a": 1}, megatron_core="json.decoder")

@@ -91,6 +91,12 @@ def strip_adapter(live_key: str, adapter_name: str, slots: Collection[str]) -> s
     return None
 
 
+def without_name(key: str) -> str:
+    """`key` without an adapter's name that PEFT left in it, as in `head.modules_to_save.default.dense.bias`."""
+    above, separator, inside = key.partition(f".{MODULES_TO_SAVE}.")
+    return above + separator + inside.partition(".")[2]
+
+
 def add_adapter(key: str, adapter_name: str, slots: Collection[str]) -> str | None:
     """The inverse of `strip_adapter`; None for keys without a slot (a whole module's copy, a base weight)."""
     parts = key.split(".")

@@ -120,7 +120,7 @@ def compare(
     for key, info in found.items():
         want = wanted.get(key)
         if want is None:
-            if key not in ignored:
+            if key not in ignored and keys.without_name(key) not in ignored:
                 report.unexpected_keys.append(key)
         elif info.shape != want.shape:
             report.mismatched_keys.append(Misfit(key, str(info.shape), str(want.shape)))

@@ -29,6 +29,7 @@ from peftlite.core.targets import (
     match_pattern,
     report,
     select,
+    ways_to_name,
 )
 from peftlite.core.ties import tied_sites
 from peftlite.core.transaction import atomic, put
@@ -348,9 +349,11 @@ def make_sites(found: Found, wanted: Iterable[Wanted], tuner: TunerSpec, config:
         rank, parameters = variant.size(host, config, path)
         sites.append(Site(group, tuner, variant, host, rank, parameters, param, found.shares_weight(host)))
     if refused:
+        field = next((one.field for one in COMPANIONS if one.tuner is tuner), "target_modules")
+        instead = ", or these in `exclude_modules`" if field == "target_modules" else ""
         raise UnsupportedLayerError(
             f"{tuner.peft_type} cannot adapt {', '.join(refused[:5])}{' ...' if len(refused) > 5 else ''}. "
-            "Name other modules in `target_modules`, or these in `exclude_modules`. Nothing was changed."
+            f"Name other modules in `{field}`{instead}. Nothing was changed."
         )
     return sites
 
@@ -377,9 +380,10 @@ def why_not(module: nn.Module, host: Host | None, tuner: TunerSpec) -> str | Non
 def complete(config: Any, tuner: TunerSpec, sites: Sequence[Site], selection: Selection, paths: Sequence[str]) -> None:
     """Write into the model's own copy of the config what "all-linear" came to, and what the layers say."""
     if is_all_linear(config.target_modules):
-        config.target_modules = sorted({path.rpartition(".")[2] for path in selection.targets})
-        if select(paths, TargetSpec.from_config(config)).targets != selection.targets:
-            config.target_modules = sorted(selection.targets)
+        for entries in ways_to_name(selection.targets):
+            config.target_modules = entries
+            if select(paths, TargetSpec.from_config(config)).targets == selection.targets:
+                break
     if tuner.resolve is not None:
         tuner.resolve(config, [(site.path, site.host) for site in sites if site.tuner is tuner])
 

@@ -94,7 +94,9 @@ class AdapterLayer(TiedLayer):
             tuner = self.__dict__.get("tuner")
             if modules is None or tuner is None or name == tuner.base_slot:
                 raise
-            host = self.host
+            host, stand_in = self.host, self.stand_in()
+            if stand_in is not None:
+                return getattr(stand_in, name)
             return host.attribute(name, host.weight_only and bool(self.live(self.active_names)))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -243,6 +245,17 @@ class AdapterLayer(TiedLayer):
         if call is not None and (call := call.of(self.state)) is not None:
             return call.run(self, args, kwargs)
         return self.bound(*args, **kwargs)
+
+    def stand_in(self) -> nn.Module | None:
+        """The module that an adapter in use, for all rows, has put in the base layer's place: what shows attributes."""
+        if self.tuner.base_slot == "base_layer":
+            return None
+        call = current()
+        chosen = None if call is None else call.of(self.state)
+        live = self.live(self.active_names if chosen is None else chosen.names)
+        if len(live) != 1 or (chosen is not None and chosen.rows_of(live[0]) is not None):
+            return None
+        return self.variants[live[0]].replacement(View(self, live[0]))
 
     def bound(self, *args: Any, **kwargs: Any) -> Any:
         """What forward does when no Call says otherwise."""

@@ -121,6 +121,13 @@ def entries_for(paths: Iterable[str], wanted: Collection[str], parts: int = 1) -
     return short if exact else sorted(wanted)
 
 
+def ways_to_name(wanted: Collection[str]) -> Iterator[list[str] | str]:
+    """Values of `target_modules` that mean these paths, the shorter first; of the last one, no other path is meant."""
+    yield sorted({ending(path) for path in wanted})
+    yield sorted(wanted)
+    yield "|".join(re.escape(path) for path in sorted(wanted))  # one path may be how another one ends
+
+
 def ending(path: str, parts: int = 1) -> str:
     """The last parts of a path."""
     return ".".join(path.split(".")[-parts:])

@@ -20,6 +20,8 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 }
 """Freshly initialised heads, which a task cannot do without training."""
 
+NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
 
 class ModulesToSave(Variant):
     """The module's own full copy in its place. The copy keeps the base module's dtype."""
@@ -28,6 +30,8 @@ class ModulesToSave(Variant):
     exclusive = True
 
     def check(self, host: Host, config: Any, path: str) -> str | None:
+        if isinstance(host.layer, NEVER_CALLED):
+            return f"a {type(host.layer).__name__} is not called itself: name what is in it"
         frozen = next((p for p in host.layer.parameters() if not is_floating(p)), None)
         packed = host_for(host.layer)
         if frozen is None and not (packed is not None and packed.packed):

@@ -181,8 +181,8 @@ class LoraConfig(PeftConfig):
 
     def _why_unbuilt(self, name: str) -> str:
         package = str(self.megatron_core).partition(".")[0]
-        if name == "megatron_config" and find_spec(package) is None:
-            return f"it is about layers of megatron-core, which is not installed (there is no package `{package}`)"
+        if name == "megatron_config" and not (package.isidentifier() and find_spec(package)):
+            return f"it is about layers of megatron-core, which is not installed: there is no package {show(package)}"
         return "this version does not have that feature yet"
 
     def _check_numbers(self) -> None:
