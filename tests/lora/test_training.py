@@ -178,7 +178,7 @@ def test_gradients_are_those_of_the_formula(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bound, "_SMALL", 0)  # small inputs too
-    monkeypatch.setattr(passes, "_BLOCK", 3 * IN)  # in several blocks, the last of them smaller
+    monkeypatch.setattr(passes, "LARGE", 3 * IN)  # in several blocks, the last of them smaller
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     layer = adapted(dtype, dropout, bias)
     formula = Formula(layer)
@@ -205,7 +205,7 @@ def test_gradients_are_those_of_the_formula(
 def test_inference_in_blocks_is_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = adapted(torch.bfloat16, 0.0).eval(), torch.randn(40, IN).bfloat16()
     whole = layer(x)
-    monkeypatch.setattr(passes, "_BLOCK", 7 * IN)
+    monkeypatch.setattr(passes, "LARGE", 7 * IN)
     assert [(rows.start, rows.stop) for rows in passes.blocks(torch.empty(20, 7 * IN * torch.get_num_threads()))] == [
         (row, row + 1) for row in range(20)
     ]

@@ -20,6 +20,7 @@ from peftlite.core.hosts import LinearHost
 from peftlite.core.rows import Order, split
 from peftlite.core.slots import View
 from peftlite.tuners.lora.bound import Parts, globally_hooked
+from peftlite.tuners.lora.passes import LARGE, add_product, low_of
 
 
 def banks(a: View) -> bool:
@@ -89,8 +90,12 @@ class LoraBank:
         """The whole layer without gradients: sorted once, each group's product added where it belongs."""
         given = order.sorted(x)
         y: Tensor = self.base(given)
-        flat, low_in = y.view(-1, self.out), given.to(As[0].dtype).reshape(-1, x.shape[-1])
-        wide = flat.dtype != low_in.dtype  # sums are made in the adapters' dtype
+        flat, low_in = y.view(-1, self.out), given.reshape(-1, x.shape[-1])
+        wide = flat.dtype != As[0].dtype  # sums are made in the adapters' dtype
+        if wide and flat.numel() > LARGE:
+            self.add_in_blocks(low_in, flat, order, As, Bs)
+            return order.restored(y)
+        low_in = low_in.to(As[0].dtype)
         sums = low_in.new_empty(flat.shape) if wide else flat
         for part, into, A, B, s in self.pieces(low_in, sums, order, As, Bs):
             if A is None or B is None:
@@ -101,6 +106,13 @@ class LoraBank:
                 low, s = low * s, 1.0
             into.addmm_(low, B.t(), beta=0 if wide else 1, alpha=s)
         return order.restored(y.add_(sums.view(y.shape)) if wide else y)
+
+    def add_in_blocks(self, x: Tensor, y: Tensor, order: Order, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
+        """Add to y what the groups' adapters give for x, without a wide copy of either."""
+        for part, into, A, B, s in self.pieces(x, y, order, As, Bs):
+            if A is not None and B is not None:
+                low = low_of(part, None, A)
+                add_product(into, low * s if isinstance(s, Tensor) else low, B.t(), 1.0 if isinstance(s, Tensor) else s)
 
     def pieces(
         self, x: Tensor, y: Tensor, order: Order, As: Sequence[Tensor], Bs: Sequence[Tensor]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, "Tensor | None"]
 """What `FusedLora` keeps for backward: x, u = drop(x) A^T (rows, r), A, B, W, and the mask (rows, in)."""
-_BLOCK = 1 << 18  # elements at a time, for each thread
+LARGE = 1 << 18
+"""From how many elements on a tensor is taken in blocks, of so many for each thread."""
 
 
 def blocks(*matrices: Tensor) -> Iterator[slice]:
@@ -22,7 +23,7 @@ def blocks(*matrices: Tensor) -> Iterator[slice]:
     rows, width = len(matrices[0]), max(matrix.shape[1] for matrix in matrices)
     step = rows
     if matrices[0].device.type == "cpu":
-        step = max(1, _BLOCK * torch.get_num_threads() // max(1, width))
+        step = max(1, LARGE * torch.get_num_threads() // max(1, width))
     yield from (slice(start, start + step) for start in range(0, rows, step or 1))
 
 
@@ -38,7 +39,7 @@ def entered(x: Tensor, keep: Tensor | None, dtype: torch.dtype, rows: slice) -> 
 
 def low_of(x: Tensor, keep: Tensor | None, A: Tensor) -> Tensor:
     """drop(x) A^T: (rows, in) -> (rows, r)."""
-    if x.numel() <= _BLOCK or (x.dtype == A.dtype and keep is None):
+    if x.numel() <= LARGE or (x.dtype == A.dtype and keep is None):
         return F.linear(kept(x.to(A.dtype), keep), A)
     u = A.new_empty(len(x), len(A))
     for rows in blocks(x):
@@ -50,7 +51,7 @@ def add_product(y: Tensor, u: Tensor, B: Tensor, s: float = 1.0, keep: Tensor | 
     """Add drop(s u B) to y, in place, summed in u's dtype: (rows, out), (rows, r), (r, out)."""
     if y.dtype == u.dtype and keep is None:
         y.addmm_(u, B, alpha=s)
-    elif y.numel() <= _BLOCK:
+    elif y.numel() <= LARGE:
         y.add_(kept(torch.mm(u, B), keep), alpha=s)
     else:
         for rows in blocks(y):
