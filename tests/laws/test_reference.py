@@ -10,7 +10,7 @@ import json
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import peftlite
 from peftlite.checkpoint.keys import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peftlite.errors import CheckpointError, ConfigError, StateError, TargetNotFoundError
 from tests.models import batch, tiny
+from tests.test_trainer import losses, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT warns about is looked at where it matters
 
@@ -97,6 +98,29 @@ def test_01_adapter_names_are_ignored_in_place() -> None:
         filled(model)
         plain = logits(model)
         assert torch.equal(logits(model, adapter_names=["a", "__base__"]), plain) is not heard
+
+
+def test_01_the_trainer_does_not_go_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """PEFT in place: it writes the adapter's files alone, and looks for the whole model's."""
+
+    def fresh(lib: Any) -> Any:
+        torch.manual_seed(0)
+        model = tiny("llama")
+        model.add_adapter(config(lib))
+        return model
+
+    best = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    best["load_best_model_at_end"] = True
+    for lib, fails in ((peft, True), (peftlite, False)):
+        place = tmp_path / lib.__name__
+        with pytest.raises(FileNotFoundError, match="bin") if fails else nullcontext():
+            train(fresh(lib), place, **best)
+        checkpoint = place / "checkpoint-3"
+        assert (checkpoint / SAFETENSORS_WEIGHTS_NAME).exists()
+        with pytest.raises(ValueError, match="Can't find a checkpoint") if fails else nullcontext():
+            resumed = train(fresh(lib), tmp_path / "resumed", resume=checkpoint)
+    whole = losses(train(fresh(peftlite), tmp_path / "whole"))
+    assert {step: loss for step, loss in losses(resumed).items() if step > 3} == {s: whole[s] for s in (4, 5, 6)}
 
 
 # ---- 2
@@ -406,6 +430,20 @@ def test_17_unknown_keys_are_dropped(tmp_path: Path) -> None:
     assert "ignored" in texts[0]
     with pytest.raises(ConfigError, match=r"sets `use_magic`.*written by PEFT `0\.99`"):
         peftlite.PeftConfig.from_pretrained(tmp_path)
+
+
+def test_17_the_order_of_names_in_a_config_is_that_of_a_set(tmp_path: Path) -> None:
+    """PEFT: of a set of strings, which is another one in another process."""
+    names = ["q_proj", "v_proj", "k_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
+    written = {}
+    for lib in (peft, peftlite):
+        mine = config(lib, target_modules=names)
+        mine.save_pretrained(tmp_path / lib.__name__)
+        written[lib.__name__] = json.loads((tmp_path / lib.__name__ / CONFIG_NAME).read_text())["target_modules"]
+        if lib is peft:
+            assert isinstance(mine.target_modules, set)
+            assert written["peft"] == list(mine.target_modules)
+    assert written["peftlite"] == sorted(names)
 
 
 @pytest.mark.parametrize("name", ["train", "type"])
