@@ -12,7 +12,8 @@ NEW = hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable")
 CHECKPOINTING = "activation_checkpointing" if NEW else "gradient_checkpointing"
 
 fused_experts = pytest.mark.skipif(VERSION < (5, 0), reason="experts were modules of their own before transformers 5")
-works_with_peft = pytest.mark.skipif(VERSION < (5, 4), reason="the tested `peft` and this transformers disagree")
+PEFT_WORKS = VERSION >= (5, 4)
+works_with_peft = pytest.mark.skipif(not PEFT_WORKS, reason="the tested `peft` and this transformers disagree")
 
 
 def checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:

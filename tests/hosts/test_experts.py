@@ -18,8 +18,10 @@ from peftlite.core.tree import layers, named_layers
 from tests.adapters import bytes_of, randomised
 from tests.models import MOE, batch, tiny
 from tests.tuners.pairs import apart
+from tests.versions import PEFT_WORKS, VERSION, fused_experts
 
 ROUTERS = {"mixtral": "gate.weight", "qwen2_moe": "gate.weight", "qwen3_moe": "gate.weight", "gpt_oss": "router.weight"}
+pytestmark = fused_experts
 NAMES = list(MOE)
 
 
@@ -94,8 +96,9 @@ def test_files_both_ways_and_both_shapes(name: str, tmp_path: Path) -> None:
     peftlite.save_adapter(placed(name), tmp_path / "placed")
     written = [(tmp_path / kind / "adapter_model.safetensors").read_bytes() for kind in ("ours", "placed")]
     assert written[0] == written[1]
-    read = peft.PeftModel.from_pretrained(tiny(name), tmp_path / "ours").eval()
-    assert apart(logits(read), expected) <= 1e-6
+    if PEFT_WORKS:
+        read = peft.PeftModel.from_pretrained(tiny(name), tmp_path / "ours").eval()
+        assert apart(logits(read), expected) <= 1e-6
     for kind in ("ours", "theirs"):
         assert torch.equal(logits(peftlite.PeftModel.from_pretrained(tiny(name), tmp_path / kind)), expected)
         model = tiny(name)
@@ -175,6 +178,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     assert_near(gradients(model), expected["b"])
 
 
+@pytest.mark.skipif(VERSION < (5, 4), reason="transformers 5.0 does not compile it without adapters either")
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_in_one_graph(name: str) -> None:
     model = placed(name, experts_implementation="grouped_mm")

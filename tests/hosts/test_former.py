@@ -16,8 +16,6 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import rename_source_key
 
 import peftlite
 from peftlite.checkpoint.files import read_config, write_adapter
@@ -31,7 +29,13 @@ from peftlite.errors import (
 from peftlite.integrations.transformers.former import Mapping, former_names
 from tests.adapters import snapshot
 from tests.models import tiny
+from tests.versions import PEFT_WORKS, VERSION
 
+_NEW = "transformers 4 has fused and renamed nothing"
+get_model_conversion_mapping = pytest.importorskip(
+    "transformers.conversion_mapping", reason=_NEW
+).get_model_conversion_mapping
+rename_source_key = pytest.importorskip("transformers.core_model_loading", reason=_NEW).rename_source_key
 TOKENS = torch.arange(14).reshape(2, 7)
 EXPERTS = 3
 
@@ -161,6 +165,8 @@ def test_loads_and_is_written_as_what_the_model_has_now(kind: str, case: str, tm
     assert files[0] == files[1]
     old.check(old.loaded(tmp_path / "new", wrapped=True))
     assert read_config(tmp_path / "new")["target_parameters"]
+    if not PEFT_WORKS:
+        return
     theirs = peft_reads(KINDS[kind].build(), tmp_path / "new")
     torch.testing.assert_close(outputs(theirs), outputs(old.truth), rtol=1e-12, atol=1e-12)
     if case in RIGHT_IN_PEFT and kind != "qwen2":
@@ -364,6 +370,8 @@ def test_names_that_layers_still_have_mean_those() -> None:
     }.items(),
 )
 def test_old_names_are_those_that_transformers_loads(model_type: str, source: str) -> None:
+    if VERSION < (5, 4) and model_type in ("nemotron_h", "phimoe", "qwen3_omni_moe_thinker"):
+        pytest.skip("transformers 5.0 does not convert these yet")
     config = transformers.AutoConfig.for_model(model_type)
     text = config.get_text_config()
     for name in {"num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"} & text.to_dict().keys():
