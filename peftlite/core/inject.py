@@ -341,8 +341,9 @@ def make_sites(found: Found, wanted: Iterable[Wanted], tuner: TunerSpec, config:
     sites, refused = [], []
     for (_, param), group in grouped.items():
         path = group[0].path if param is None else f"{group[0].path}.{param}"
-        host = host_at(group[0].module, param) or (ModuleHost(group[0].module) if tuner.any_module else None)
-        reason = why_not(group[0].module, host, tuner) or (variant.check(host, config, path) if host else None)
+        module = group[0].module
+        host = host_at(module, param) or (ModuleHost(innermost(module)) if tuner.any_module else None)
+        reason = why_not(module, host, tuner) or (variant.check(host, config, path) if host else None)
         if host is None or reason is not None:
             refused.append(f"`{path}` ({reason})")
             continue

@@ -282,3 +282,16 @@ def test_the_users_config_is_never_changed() -> None:
     assert mine.to_json() == text
     model.peft_config["default"].r = 99
     assert mine.r == 8
+
+
+def test_a_second_copy_of_a_module_of_any_kind_is_of_the_base_s() -> None:
+    model, x = tiny("llama"), batch("llama")
+    expected = model.requires_grad_(False)(**x).logits
+    for name in ("a", "b"):
+        config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
+        peftlite.inject_adapter_in_model(config, model, name)
+        if name == "a":
+            scramble(model, "a")
+    peftlite.set_adapter(model, "b")
+    assert torch.equal(model(**x).logits, expected)
+    assert type(model.model.norm.modules_to_save["b"]) is type(tiny("llama").model.norm)
