@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peftlite.base_tuner import (
         AdaLoraModel,
         IA3Model,
+        LNTuningModel,
         LoHaModel,
         LoKrModel,
         LoraModel,
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from peftlite.tuners.adalora.config import AdaLoraConfig
     from peftlite.tuners.combine import add_weighted_adapter
     from peftlite.tuners.ia3 import IA3Config
+    from peftlite.tuners.ln_tuning import LNTuningConfig
     from peftlite.tuners.loha import LoHaConfig
     from peftlite.tuners.lokr import LoKrConfig
     from peftlite.tuners.lora.config import LoraConfig
@@ -128,6 +130,8 @@ __all__ = [
     "EvaConfig",
     "IA3Config",
     "IA3Model",
+    "LNTuningConfig",
+    "LNTuningModel",
     "LoHaConfig",
     "LoHaModel",
     "LoKrConfig",
@@ -223,6 +227,7 @@ _HOMES = {
     "peftlite.base_tuner": (
         "AdaLoraModel",
         "IA3Model",
+        "LNTuningModel",
         "LoHaModel",
         "LoKrModel",
         "LoraModel",
@@ -289,6 +294,7 @@ _HOMES = {
     "peftlite.tuners.adalora.allocation": ("orthogonal_regularisation", "update_and_allocate"),
     "peftlite.tuners.adalora.config": ("AdaLoraConfig",),
     "peftlite.tuners.ia3": ("IA3Config",),
+    "peftlite.tuners.ln_tuning": ("LNTuningConfig",),
     "peftlite.tuners.loha": ("LoHaConfig",),
     "peftlite.tuners.lokr": ("LoKrConfig",),
     "peftlite.tuners.lora.config": ("LoraConfig",),

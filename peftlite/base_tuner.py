@@ -250,6 +250,13 @@ class IA3Model(BaseTuner):
         add_weighted_adapter(self, adapters, weights, adapter_name)
 
 
+class LNTuningModel(BaseTuner):
+    """A model whose layer norms train (https://arxiv.org/abs/2312.11420)."""
+
+    kind = PeftType.LN_TUNING
+    prefix = "ln_tuning_"
+
+
 class LoHaModel(BaseTuner):
     """A model with LoHa adapters (https://arxiv.org/abs/2108.06098)."""
 
@@ -290,7 +297,17 @@ class VeraModel(BaseTuner):
 
 
 TUNER_MODELS: dict[PeftType, type[BaseTuner]] = {
-    cls.kind: cls for cls in (LoraModel, AdaLoraModel, IA3Model, LoHaModel, LoKrModel, TrainableTokensModel, VeraModel)
+    cls.kind: cls
+    for cls in (
+        LoraModel,
+        AdaLoraModel,
+        IA3Model,
+        LNTuningModel,
+        LoHaModel,
+        LoKrModel,
+        TrainableTokensModel,
+        VeraModel,
+    )
 }
 
 

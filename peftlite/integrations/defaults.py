@@ -135,7 +135,47 @@ IA3_FEEDFORWARD: Final[dict[str, tuple[str, ...]]] = {
     "t5": ("wo",),
 }
 
-_TARGETS: Final = {PeftType.LORA: LORA, PeftType.ADALORA: ADALORA, PeftType.IA3: IA3}
+LN_TUNING: Final[dict[str, tuple[str, ...] | str]] = {
+    "bart": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+    "blip-2": ("layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"),
+    "bloom": ("input_layernorm", "post_attention_layernorm", "ln_f"),
+    "falcon": ("input_layernorm", "post_attention_layernorm", "ln_f"),
+    "gemma": ("input_layernorm", "post_attention_layernorm", "norm"),
+    **dict.fromkeys(
+        ("gemma2", "gemma3_text"),
+        (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+            "norm",
+        ),
+    ),
+    "gpt2": ("ln_1", "ln_2", "ln_f"),
+    "gptj": ("ln_1", "ln_f"),
+    "llama": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "llava": (
+        "multi_modal_projector",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+        "embed_tokens",
+        "lm_head",
+    ),
+    "mistral": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "mt5": ("layer_norm", "final_layer_norm"),
+    "phi": ("input_layernorm", "final_layernorm"),
+    "qwen2": ("post_attention_layernorm",),
+    "qwen3": ("post_attention_layernorm",),
+    "t5": ("layer_norm", "final_layer_norm"),
+}
+
+_TARGETS: Final = {
+    PeftType.LORA: LORA,
+    PeftType.ADALORA: ADALORA,
+    PeftType.IA3: IA3,
+    PeftType.LN_TUNING: LN_TUNING,
+}
 _FEEDFORWARD: Final = {PeftType.IA3: IA3_FEEDFORWARD}
 
 

@@ -18,8 +18,8 @@ def _at(home: str, names: str) -> str:
     return " ".join(f"{name}={home}:{name}" for name in names.split())
 
 
-_CONFIGS = "AdaLoraConfig IA3Config LoHaConfig LoKrConfig LoraConfig TrainableTokensConfig VeraConfig"
-_MODELS = "AdaLoraModel IA3Model LoHaModel LoKrModel LoraModel TrainableTokensModel VeraModel"
+_CONFIGS = "AdaLoraConfig IA3Config LNTuningConfig LoHaConfig LoKrConfig LoraConfig TrainableTokensConfig VeraConfig"
+_MODELS = "AdaLoraModel IA3Model LNTuningModel LoHaModel LoKrModel LoraModel TrainableTokensModel VeraModel"
 _PEFT_MODELS = (
     "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
     "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
