@@ -27,8 +27,7 @@ def rows(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder, "peftlite")
         yield from on_disk(saved, layers)
-        if not quick:
-            yield resident_row(saved)
+        yield resident_row(saved, layers, ("peftlite",) if quick else Settings.timed)
     yield switching(2 if quick else 15, layers)
 
 
@@ -106,13 +105,13 @@ def same_adapters(models: Mapping[str, nn.Module], values: Mapping[str, Tensor])
     return Checked()
 
 
-def resident_row(saved: Path) -> Row:
+def resident_row(saved: Path, layers: int, names: tuple[str, ...]) -> Row:
     """Memory of a process that loads the adapter, at its most, beyond what it had before."""
     size = float((saved / WEIGHTS).stat().st_size)
     found = {"floor": Spread.of([size])}
-    for name in Settings.timed:
-        found[name] = Spread.of([resident.of_loading(name, saved) for _ in range(3)])
-    title = "memory of from_pretrained at its most, beyond the model's"
+    for name in names:
+        found[name] = Spread.of([resident.of_loading(name, saved, layers)])
+    title = "resident memory of from_pretrained at its most, beyond the model's"
     return Row(title, "MiB", found, (Goal(1.05, "floor"),), note="the floor is the size of the file")
 
 

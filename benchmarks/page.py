@@ -203,5 +203,5 @@ def save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    figure.savefig(path, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     pyplot.close(figure)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 _START = """
-import gc, torch, warnings
+import gc, tempfile, torch, warnings
 warnings.simplefilter("ignore")
 import {library} as library
 
@@ -17,8 +17,10 @@ def status(field):
 """
 _LOADING = """
 from benchmarks.models import llama_1b
-library.PeftModel.from_pretrained(llama_1b(1), {small!r}).unload()  # imports what loading needs
-model = llama_1b()
+with tempfile.TemporaryDirectory() as small:  # imports what loading needs
+    library.get_peft_model(llama_1b(1), library.LoraConfig(r=1, target_modules=["q_proj"])).save_pretrained(small)
+    library.PeftModel.from_pretrained(llama_1b(1), small)
+model = llama_1b({layers})
 gc.collect()
 before = status("VmRSS")
 with open("/proc/self/clear_refs", "w") as peak:
@@ -44,9 +46,9 @@ print((status("VmRSS") - before) / more)
 BYTES_PER_ADAPTER = 28 * 4 * (64 + 64) * 4
 
 
-def of_loading(library: str, saved: Path) -> float:
+def of_loading(library: str, saved: Path, layers: int) -> float:
     """Bytes at the most, while an adapter is loaded, beyond those before."""
-    return printed(_START + _LOADING, library, saved=str(saved), small=str(saved))
+    return printed(_START + _LOADING, library, saved=str(saved), layers=layers)
 
 
 def of_an_adapter(library: str, first: int, more: int) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import growth, harness, page, resident
+from benchmarks import harness, page, resident
 from benchmarks.harness import Checked, Curve, Goal, Row, Settings, Spread, amounts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -34,7 +34,7 @@ class TimedFirstError(Exception):
 
 @pytest.mark.parametrize("theme", COMPARED)
 def test_a_theme_runs_and_measures_both(theme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resident, "of_an_adapter", lambda library, first, more: 1.0)  # a test of its own
+    monkeypatch.setattr(resident, "of_an_adapter", lambda library, first, more: 1.0)  # one such process is enough
     found = command.measure(theme)
     assert any(isinstance(thing, Row) for thing in found)
     for thing in found:
@@ -47,7 +47,7 @@ def test_a_theme_runs_and_measures_both(theme: str, monkeypatch: pytest.MonkeyPa
     assert page.table([thing for thing in found if isinstance(thing, Row)]).count("\n") == len(names) + 1
 
 
-@pytest.mark.parametrize("theme", COMPARED)
+@pytest.mark.parametrize("theme", [theme for theme in COMPARED if theme != "graphs"])  # which times nothing
 def test_nothing_is_timed_where_the_two_differ(theme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def timed(*arguments: Any) -> NoReturn:
         raise TimedFirstError
@@ -84,10 +84,9 @@ def test_outputs_that_differ_are_refused(one: list[float], other: list[float], a
             harness.same(torch.tensor(one), torch.tensor(other), 1e-2)
 
 
-def test_imports_and_resident_memory_are_measured_in_other_processes() -> None:
+def test_imports_are_measured_in_other_processes() -> None:
     (row,) = command.measure("imports")
     assert row.found["peftlite"].median > 0  # type: ignore[union-attr]
-    assert growth.memory(quick=True).found["floor"].median == 28 * 4 * (64 + 64) * 4
 
 
 def test_one_implementation_alone(capsys: pytest.CaptureFixture[str]) -> None:
