@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.checkpoint.files import read_adapter
+from peftlite.checkpoint.former import as_now
 from peftlite.checkpoint.hub import resolve
 from peftlite.checkpoint.keys import PREFIX, file_key, nearest_keys, shown, strip_adapter, unwrapped
 from peftlite.checkpoint.spots import spots
 from peftlite.checkpoint.state_dict import bare, is_finite, key_prefix
 from peftlite.checkpoint.targets import BaseTarget, Targets, live_targets
-from peftlite.checkpoint.tensorfile import MemoryTensors, TensorInfo
+from peftlite.checkpoint.tensorfile import MemoryTensors, TensorInfo, TensorSource
 from peftlite.config import HubOptions, PeftConfig, config_from_dict
 from peftlite.core.binding import rebind
 from peftlite.core.layer import AdapterLayer
@@ -93,11 +94,8 @@ def hotswap_adapter_from_state_dict(
 
 
 # ---- how
-class WholeSource(Protocol):
-    """Tensors whose shapes are known before they are read, all at once."""
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]: ...
+class WholeSource(TensorSource, Protocol):
+    """Tensors that can be read all at once."""
 
     def read_all(self) -> dict[str, Tensor]: ...
 
@@ -111,6 +109,7 @@ def swap(model: nn.Module, name: str, config: PeftConfig, source: WholeSource) -
     if name in merged_adapters(model):
         raise StateError(f"Adapter `{name}` is merged: call `unmerge_adapter` first. Nothing was changed.")
     own = state.configs[name]
+    config, source = for_layers_of_now(model, config, source)
     check_hotswap_configs_compatible(own, config)
     planned = Swap.planned(model, name, lora_config(own), lora_config(config), source.infos)
     copies, replaced = planned.values(source.read_all())
@@ -131,6 +130,12 @@ def swap(model: nn.Module, name: str, config: PeftConfig, source: WholeSource) -
         put_numbers(layer, name, r, alpha, scaling)
     put(state.configs, name, planned.config)
     rebind(model, state)  # now, and not in the next call, which may be compiled
+
+
+def for_layers_of_now(model: nn.Module, config: PeftConfig, source: WholeSource) -> tuple[PeftConfig, WholeSource]:
+    """A file's config and tensors for the layers that the model has, where those that they are about were fused."""
+    now, tensors = as_now(base_model_of(model), config, source, "The other adapter", True)
+    return (config, source) if tensors is source else (now, MemoryTensors({k: tensors.read(k) for k in tensors.infos}))
 
 
 @dataclass

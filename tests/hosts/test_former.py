@@ -27,7 +27,7 @@ from peftlite.errors import (
     UnsupportedLayerError,
 )
 from peftlite.integrations.transformers.former import Mapping, former_names
-from tests.adapters import snapshot
+from tests.adapters import randomised, snapshot
 from tests.models import tiny
 from tests.versions import PEFT_WORKS, VERSION
 
@@ -393,3 +393,28 @@ def test_old_names_are_those_that_transformers_loads(model_type: str, source: st
 
 def test_a_model_without_a_mapping_has_no_old_names(llama: Any) -> None:
     assert former_names(llama, [name for name, _ in llama.named_parameters()]) == []
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["directory", "state dict"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_swapped_in_for_another(kind: str, memory: bool, tmp_path: Path) -> None:
+    old = old_file(kind, "1", "2", "3", "q_proj")
+    model = old.loaded(old.write(tmp_path), wrapped=False)
+    randomised(model)
+    if memory:
+        tensors = {f"base_model.model.{key}": tensor for key, tensor in old.tensors.items()}
+        peftlite.hotswap_adapter_from_state_dict(model, tensors, "default", old.config)
+    else:
+        peftlite.hotswap_adapter(model, tmp_path, "default")
+    old.check(model)
+
+
+def test_tensors_alone_are_refused(tmp_path: Path) -> None:
+    old = old_file("mixtral", "1", "2", "3")
+    model = old.loaded(old.write(tmp_path), wrapped=False)
+    before = snapshot(model)
+    with pytest.raises(
+        CheckpointError, match=r"missing: .*mlp.experts.*unexpected: .*experts.0.w1.*Nothing was changed"
+    ):
+        peftlite.set_peft_model_state_dict(model, old.tensors)
+    assert snapshot(model) == before
