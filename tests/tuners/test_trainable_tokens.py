@@ -18,6 +18,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 import peftlite
 from peftlite.errors import AdapterNameError, ConfigError, TargetNotFoundError, UnsupportedLayerError
 from tests.models import batch, tiny
+from tests.versions import VERSION
 
 TOKENS = [5, 1]
 QUERIES = {"llama": "q_proj", "gpt2": "c_attn", "bert": "query", "t5": "q", "opt": "q_proj"}
@@ -55,6 +56,8 @@ def config(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", QUERIES)
 def test_files_outputs_and_gradients_are_those_of_peft(name: str, tied: bool, config: Any, tmp_path: Path) -> None:
+    if VERSION < (5, 0) and name == "t5":
+        pytest.skip("`peft` applies the rows to the untied head of transformers 4's T5 as well")
     base = tiny(name, tie_word_embeddings=tied)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
