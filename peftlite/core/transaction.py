@@ -116,14 +116,30 @@ def evaluate(model: nn.Module) -> None:
     while stack:
         module = stack.pop()
         if type(module).train is not nn.Module.train:  # a method of its own, which may do more
-            for one in module.modules():
-                keep(one.__dict__, "training")
-            module.train(False)
+            if is_training(module):
+                for one in module.modules():
+                    keep(one.__dict__, "training")
+                module.train(False)
             continue
         if module.training:
             keep(module.__dict__, "training")
             module.training = False
-        stack += [m for m in module._modules.values() if m is not None and (m.training or m._modules)]
+        stack += _of_interest(module)
+
+
+def is_training(model: nn.Module) -> bool:
+    """Whether anything in a model is in training mode."""
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if module.training:
+            return True
+        stack += _of_interest(module)
+    return False
+
+
+def _of_interest(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module._modules.values() if m is not None and (m.training or m._modules)]
 
 
 def put(mapping: dict[str, Any], key: str, value: Any) -> None:

@@ -21,6 +21,9 @@ class Mlp(nn.Module):
         super().__init__()
         self.lin0, self.lin1 = nn.Linear(16, 8), nn.Linear(8, 4)
 
+    def train(self, mode: bool = True) -> Mlp:  # as models of transformers have one of their own
+        return super().train(mode)
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.lin1(self.lin0(x))
         return y
