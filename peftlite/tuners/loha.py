@@ -6,16 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.checks import check_bool
-from peftlite.config import PeftType, register_config
+from peftlite.config import PeftType
 from peftlite.core.hosts import ALL_ROWS, Host, LinearHost, widened
-from peftlite.core.slots import Slot, View
-from peftlite.core.variant import TunerSpec, register
-from peftlite.tuners.lycoris import NUMBERS, Lycoris, LycorisConfig, effective
+from peftlite.core.slots import View
+from peftlite.tuners.lycoris import Lycoris, LycorisConfig, effective, register_kind, through
 
 
 @dataclass
@@ -80,20 +78,6 @@ class LoHa(Lycoris):
         return y
 
 
-def through(A: Tensor, T: Tensor, B: Tensor) -> Tensor:
-    """(r, out), (r, r, *kernel), (r, in) -> (out, in, *kernel)."""
-    return torch.einsum("ao,ab...,bi->oi...", A, T, B)
-
-
-_LOHA = LoHa()
-
-register_config(PeftType.LOHA, LoHaConfig)
-register(
-    TunerSpec(
-        peft_type=PeftType.LOHA.value,
-        slots=tuple(map(Slot, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"))),
-        variant_for=lambda config: _LOHA,
-        label=lambda host: f"loha.{host.name}",
-        numbers=NUMBERS,
-    )
+register_kind(
+    PeftType.LOHA, LoHaConfig, LoHa(), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 )

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.checks import check_bool, check_choice, check_int, wrong
-from peftlite.config import PeftType, register_config
+from peftlite.config import PeftType
 from peftlite.core.hosts import ALL_ROWS, Host, LinearHost, widened
-from peftlite.core.slots import Slot, View
-from peftlite.core.variant import Placement, TunerSpec, register
-from peftlite.tuners.loha import through
-from peftlite.tuners.lycoris import NUMBERS, Lycoris, LycorisConfig, effective
+from peftlite.core.slots import View
+from peftlite.core.variant import Placement
+from peftlite.tuners.lycoris import Lycoris, LycorisConfig, effective, register_kind, through
 
 
 @dataclass
@@ -151,16 +150,6 @@ def factorized(size: int, limit: int) -> tuple[int, int]:
     return first, size // first
 
 
-_LOKR = LoKr()
 _SLOTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
-register_config(PeftType.LOKR, LoKrConfig)
-register(
-    TunerSpec(
-        peft_type=PeftType.LOKR.value,
-        slots=tuple(map(Slot, _SLOTS)),
-        variant_for=lambda config: _LOKR,
-        label=lambda host: f"lokr.{host.name}",
-        numbers=(*NUMBERS, "rank_dropout_scale"),
-    )
-)
+register_kind(PeftType.LOKR, LoKrConfig, LoKr(), _SLOTS, ("rank_dropout_scale",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.checks import check_bool, check_int, check_number, check_pattern
-from peftlite.config import PeftConfig
+from peftlite.config import PeftConfig, PeftType, register_config
 from peftlite.core.hosts import ConvHost, Host, LinearHost
-from peftlite.core.slots import View
+from peftlite.core.slots import Slot, View
 from peftlite.core.targets import match_pattern
-from peftlite.core.variant import Additive, Placement, Program
+from peftlite.core.variant import Additive, Placement, Program, TunerSpec, register
 from peftlite.tuners.fields import check_probability, check_targets
 
 NUMBERS = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
@@ -125,3 +126,24 @@ def uniform(shape: tuple[int, ...], at: Placement) -> Tensor:
     """U(-1/sqrt(n), 1/sqrt(n)), where n is the size of one row."""
     bound = 1 / math.sqrt(math.prod(shape[1:]))
     return torch.empty(shape, dtype=at.dtype, device=at.device).uniform_(-bound, bound)
+
+
+def through(A: Tensor, T: Tensor, B: Tensor) -> Tensor:
+    """(r, out), (r, r, *kernel), (r, in) -> (out, in, *kernel)."""
+    return torch.einsum("ao,ab...,bi->oi...", A, T, B)
+
+
+def register_kind(
+    kind: PeftType, config: type[LycorisConfig], variant: Lycoris, slots: Sequence[str], numbers: Sequence[str] = ()
+) -> None:
+    """Make one of these methods known."""
+    register_config(kind, config)
+    register(
+        TunerSpec(
+            peft_type=kind.value,
+            slots=tuple(map(Slot, slots)),
+            variant_for=lambda _: variant,
+            label=lambda host: f"{kind.value.lower()}.{host.name}",
+            numbers=(*NUMBERS, *numbers),
+        )
+    )
