@@ -13,7 +13,7 @@ from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import state_of
 from peftlite.core.state import AdapterState
 from peftlite.core.transaction import atomic, keep, keep_all, keep_values, put
-from peftlite.core.tree import layers, named_layers
+from peftlite.core.tree import named_layers
 from peftlite.errors import StateError, warn
 from peftlite.tuners.adalora.config import AdaLoraConfig, pattern_key
 
@@ -81,10 +81,7 @@ def update_and_allocate(model: nn.Module, global_step: int) -> None:
     name = training_adapter(state)
     config: Any = state.configs[name]
     parameters: dict[tuple[str, str], Any] = {
-        (path, slot): layer.container(slot)[name]
-        for path, layer in named_layers(model)
-        if name in layer.variants and layer.variants[name].mergeable
-        for slot in FACTORS
+        (path, slot): layer.container(slot)[name] for path, layer in adapted(model, name) for slot in FACTORS
     }
     if name not in state.memory:
         put(state.memory, name, Allocation())
@@ -96,8 +93,7 @@ def update_and_allocate(model: nn.Module, global_step: int) -> None:
     if global_step < config.last_allocation or (is_last and not memory.importance):
         if all(parameter.grad is None for parameter in parameters.values()):
             raise StateError(
-                "There are no gradients: call `update_and_allocate` after `optimizer.step()` and before "
-                "`optimizer.zero_grad()`. Nothing was changed."
+                "There are no gradients: call this between `optimizer.step()` and `zero_grad()`. Nothing was changed."
             )
         for key, parameter in parameters.items():
             memory.learn(key, parameter, config)
@@ -168,23 +164,19 @@ def orthogonal_regularisation(model: nn.Module) -> Tensor | None:
 def penalty(model: nn.Module, state: AdapterState, name: str) -> Tensor:
     """What one adapter adds to the loss."""
     config: Any = state.configs[name]
-    norms: list[Tensor] = []
-    for layer in adapted(model, name):
-        A, B = layer.lora_A[name], layer.lora_B[name]
-        norms += [distance_from_one(A @ A.T), distance_from_one(B.T @ B)]
-    mean = torch.stack([norm.to(norms[0].device) for norm in norms]).mean()
-    return mean * float(config.orth_reg_weight)
+    factors = [(layer.lora_A[name], layer.lora_B[name]) for _, layer in adapted(model, name)]
+    norms = [distance_from_one(gram) for A, B in factors for gram in (A @ A.T, B.T @ B)]
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).mean() * float(config.orth_reg_weight)
 
 
-def adapted(model: nn.Module, name: str) -> Iterator[AdapterLayer]:
-    """The layers that have this adapter, whole modules aside."""
-    return (layer for layer in layers(model) if name in layer.variants and layer.variants[name].mergeable)
+def adapted(model: nn.Module, name: str) -> Iterator[tuple[str, AdapterLayer]]:
+    """The layers that have this adapter, whole modules aside, by path."""
+    return ((path, it) for path, it in named_layers(model) if name in it.variants and it.variants[name].mergeable)
 
 
 def distance_from_one(gram: Tensor) -> Tensor:
     """||gram - 1||, by the squares of all entries."""
-    difference = gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-    return difference.square().sum().sqrt()
+    return (gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)).square().sum().sqrt()
 
 
 def after_forward(model: nn.Module, state: AdapterState, name: str, output: Any) -> Any:
@@ -206,7 +198,7 @@ def notice_steps(model: nn.Module, state: AdapterState, name: str) -> None:
     if not memory.is_watched:
         return
     config: Any = state.configs[name]
-    E: Tensor = next(adapted(model, name)).lora_E[name].detach()
+    E: Tensor = next(adapted(model, name))[1].lora_E[name].detach()
     if memory.watch is None or memory.watch.seen.device != E.device or memory.watch.seen.shape != E.shape:
         memory.watch = Watch(E.clone(), torch.zeros((), dtype=torch.long, device=E.device))
     most = max(config.tinit, 1)

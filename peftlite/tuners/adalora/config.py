@@ -8,15 +8,10 @@ from typing import ClassVar, Final
 
 from peftlite.checks import check_int, check_number, check_pattern, show, wrong
 from peftlite.config import PeftType, register_config
-from peftlite.errors import ConfigError, UnsupportedFeatureError, warn
+from peftlite.errors import ConfigError, warn
 from peftlite.tuners.lora.config import LoraConfig
 
 WITHOUT_EFFECT: Final = ("r", "use_rslora", "alpha_pattern", "lora_bias")
-MEANINGLESS: Final = (
-    *("megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("use_dora", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication"),
-    *("target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
-)
 
 
 @dataclass
@@ -44,12 +39,17 @@ class AdaLoraConfig(LoraConfig):
 
     kind: ClassVar[PeftType | None] = PeftType.ADALORA
     ordered_fields: ClassVar[frozenset[str]] = frozenset({"alpha_pattern"})
+    absent: ClassVar[tuple[str, ...]] = (
+        *("megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("use_dora", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config"),
+        *("layer_replication", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("init_r", 1), ("target_r", 0), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
-            setattr(self, name, check_int(name, getattr(self, name), least))
-        self.total_step = check_int("total_step", self.total_step, 1)
+        least = {"init_r": 1, "target_r": 0, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
+        for name in least:
+            setattr(self, name, check_int(name, getattr(self, name), least[name]))
         for name in ("beta1", "beta2"):
             if not 0 < check_number(name, getattr(self, name)) < 1:
                 raise wrong(name, getattr(self, name), "a number between 0 and 1")
@@ -62,14 +62,6 @@ class AdaLoraConfig(LoraConfig):
             )
         self._warn()
 
-    def _check_unbuilt(self) -> None:
-        for name in MEANINGLESS:
-            if getattr(self, name):
-                raise UnsupportedFeatureError(
-                    f"`{name}` is {show(getattr(self, name))}, which AdaLoRA does not have. Nothing was changed."
-                )
-        super()._check_unbuilt()
-
     def _check_numbers(self) -> None:
         masks, self.rank_pattern = self.rank_pattern, {}  # LoRA's are ranks
         super()._check_numbers()
@@ -79,8 +71,7 @@ class AdaLoraConfig(LoraConfig):
         idle = [name for name in WITHOUT_EFFECT if getattr(self, name) not in (False, {}, LoraConfig.r)]
         idle += ["init_lora_weights"] if isinstance(self.init_lora_weights, str) else []
         said = [f"`{name}` is {show(getattr(self, name))}, which has no effect on AdaLoRA" for name in idle]
-        if "r" in idle:
-            said.append("its ranks are `init_r` and `target_r`")
+        said += ["its ranks are `init_r` and `target_r`"] if "r" in idle else []
         if self.target_r > self.init_r:
             said.append(f"`target_r` is `{self.target_r}`, above `init_r` `{self.init_r}`: no rank is ever taken away")
         if said:

@@ -36,19 +36,15 @@ class AdaLora(Additive):
     def init(self, host: Host, at: Placement) -> dict[str, Any]:
         config: AdaLoraConfig = at.config
         out, into, r = host.shape[0], math.prod(host.shape[1:]), config.rank_for(at.path)
+        shapes = {"lora_A": (r, into), "lora_B": (out, r), "lora_E": (r, 1)}
         std = 1.0 if config.init_lora_weights is False else 0.02
-        A, B, E = (
-            torch.empty(shape, device=at.device, dtype=at.dtype).normal_(0.0, std)
-            for shape in ((r, into), (out, r), (r, 1))
-        )
+        factors = {s: torch.empty(n, device=at.device, dtype=at.dtype).normal_(0.0, std) for s, n in shapes.items()}
         if config.init_lora_weights is not False:
-            E.zero_()
+            factors["lora_E"].zero_()
         place = host.device if at.device.type == "meta" else at.device  # no file brings it
         return {
             "lora_dropout": nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity(),
-            "lora_A": nn.Parameter(A, requires_grad=False),
-            "lora_B": nn.Parameter(B, requires_grad=False),
-            "lora_E": nn.Parameter(E, requires_grad=False),
+            **{slot: nn.Parameter(factor, requires_grad=False) for slot, factor in factors.items()},
             "ranknum": nn.Parameter(torch.full((1,), float(config.init_r), device=place, dtype=at.dtype), False),
             "r": config.init_r,
             "lora_alpha": config.lora_alpha,
@@ -104,10 +100,7 @@ register(
         peft_type=PeftType.ADALORA.value,
         slots=(
             Slot("lora_dropout", ModuleSlot, trainable=False),
-            Slot("lora_A"),
-            Slot("lora_B"),
-            Slot("lora_embedding_A"),
-            Slot("lora_embedding_B"),
+            *map(Slot, ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")),
             Slot("lora_magnitude_vector", ModuleSlot),
             Slot("lora_E"),
             Slot("ranknum", trainable=False, derived=True),

@@ -135,6 +135,8 @@ class LoraConfig(PeftConfig):
     kind: ClassVar[PeftType | None] = PeftType.LORA
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     ordered_fields: ClassVar[frozenset[str]] = frozenset({"rank_pattern", "alpha_pattern"})
+    absent: ClassVar[tuple[str, ...]] = ()
+    """Fields that a method which has LoRA's config has no meaning for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,6 +170,12 @@ class LoraConfig(PeftConfig):
         return LoraSite(self.rank_for(path), self.alpha_for(path), self.scaling_for(path), self.lora_dropout)
 
     def _check_unbuilt(self) -> None:
+        for name in self.absent:
+            if getattr(self, name):
+                raise UnsupportedFeatureError(
+                    f"`{name}` is {show(getattr(self, name))}, which {type(self).__name__} does not have. "
+                    "Nothing was changed."
+                )
         for name, off in UNBUILT.items():
             value = getattr(self, name)
             if value == off:
