@@ -204,4 +204,5 @@ def save(figure: Any, path: Path) -> None:
 
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))  # as editors leave it
     pyplot.close(figure)

@@ -223,6 +223,11 @@ def merge_adapter(
     if not state.enabled:
         raise StateError("The adapters are disabled: call `enable_adapters` before merging. Nothing was changed.")
     names = state.active if adapter_names is None else state.checked(adapter_names)
+    if idle := [f"`{name}`" for name in names if not any(layer.mergeable((name,)) for layer in layers(model))]:
+        warn(
+            f"There is nothing to merge of {', '.join(idle)}: whole modules train, and are as fast as the base "
+            "model's. `merge_and_unload()` puts them in the places of those."
+        )
     warn_of_untying(merge_layers(model, names, safe_merge, undo), for_good=undo is None)
 
 

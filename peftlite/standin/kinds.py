@@ -89,6 +89,12 @@ class VeraLayer(BaseTunerLayer):
     tuners = frozenset({"VERA"})
 
 
+class LNTuningLayer(BaseTunerLayer):
+    """A layer with adapters of LayerNorm tuning."""
+
+    tuners = frozenset({"LN_TUNING"})
+
+
 class TrainableTokensLayer(BaseTunerLayer):
     """An embedding of which some rows train."""
 

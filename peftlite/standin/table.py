@@ -153,6 +153,7 @@ MODULES: Final[dict[str, str]] = {
     ),
     **_tuner("adalora", "AdaLora", _ADALORA_LAYERS),
     **_tuner("ia3", "IA3", _kinds("IA3Layer", "Linear Conv2d Conv3d")),
+    **_tuner("ln_tuning", "LNTuning", _kinds("LNTuningLayer", "")),
     **_tuner("loha", "LoHa", _kinds("LoHaLayer", "Linear Conv1d Conv2d")),
     **_tuner("lokr", "LoKr", f"{_kinds('LoKrLayer', 'Linear Conv1d Conv2d')} {_FACTORS}"),
     **_tuner("trainable_tokens", "TrainableTokens", _kinds("TrainableTokensLayer", "")),

@@ -20,7 +20,7 @@ a bare matrix and `experts` a stack of them, both adapted by `target_parameters`
 
 Three forms of LoRA are not here, since these laws are about single layers that keep their weight:
 `alora_invocation_tokens` and `arrow_config` look at whole calls and at other adapters, and `"loftq"` rounds the base
-layer. They have tests of their own.
+layer. They have tests of their own, and so has LayerNorm tuning, which puts a copy in the place of any module.
 """
 
 

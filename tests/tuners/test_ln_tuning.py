@@ -12,10 +12,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peftlite
+from peftlite.errors import PeftliteWarning
 from peftlite.integrations.defaults import default_targets
+from peftlite.standin.kinds import LNTuningLayer
+from peftlite.standin.table import MODULES
 from tests.models import batch, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT's, of every layer norm
+
+
+NORM = "base_model.model.model.norm"
+NAMES = ["LNTuningConfig", "LNTuningModel", "LNTuningLayer"]
 
 
 def shaken(model: Any) -> Any:
@@ -69,6 +76,9 @@ def test_lifecycle() -> None:
     model.add_adapter("other", peftlite.LNTuningConfig(target_modules=["norm"]))
     with peftlite.use_adapter(model, "other"):
         assert torch.equal(model(**x).logits, before)
+    with pytest.warns(PeftliteWarning, match="nothing to merge of `default`"):
+        model.merge_adapter()
+    assert torch.equal(model(**x).logits, expected)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(**x).logits, expected)  # not equal: nothing requires gradients now
     assert not any("ln_tuning" in name for name, _ in merged.named_modules())
@@ -90,3 +100,9 @@ def test_any_norm_of_torch_trains_as_in_peft(norm: nn.Module) -> None:
 def test_defaults_are_those_of_peft() -> None:
     theirs = peft.utils.constants.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
     assert all(default_targets(name, "LN_TUNING") == sorted(targets) for name, targets in theirs.items())
+
+
+def test_other_libraries_see_its_layers() -> None:
+    model = peftlite.get_peft_model(tiny("llama"), peftlite.LNTuningConfig(target_modules=["norm"]))
+    assert [path for path, module in model.named_modules() if isinstance(module, LNTuningLayer)] == [NORM]
+    assert [part.partition("=")[0] for part in MODULES["peft.tuners.ln_tuning"].split()] == NAMES
