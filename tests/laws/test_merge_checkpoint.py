@@ -29,6 +29,7 @@ from peftlite.checkpoint.shards import ShardWriter
 from peftlite.errors import CheckpointError, MergeError, PeftliteError
 from tests.contract.rows import scramble
 from tests.models import TINY, batch, tiny
+from tests.versions import VERSION, fused_experts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:A weight was shared:peftlite.errors.PeftliteWarning"),
@@ -85,7 +86,7 @@ def checkpoint(place: Path, name: str, dtype: torch.dtype = torch.float32, *, sh
 
 def loaded(name: str, base: Path) -> Any:
     kind: Any = getattr(transformers, TINY[name].model)
-    return kind.from_pretrained(base).eval()
+    return kind.from_pretrained(base, dtype="auto").eval()
 
 
 def adapter(place: Path, name: str, base: Path, config: PeftConfig) -> Path:
@@ -130,6 +131,8 @@ def assert_same_tensors(place: Path, other: Path) -> None:
 )
 def test_it_is_what_merging_in_memory_writes(case: str, dtype: torch.dtype, shard: str, tmp_path: Path) -> None:
     name, sizes, make = CASES[case]
+    if VERSION == (5, 0) and (name == "bert" or (name == "t5" and dtype is torch.bfloat16)):
+        pytest.skip("transformers 5.0 saves BERT's norms under other names, and T5's `wo` in fp32")
     base = checkpoint(tmp_path / "base", name, dtype, shard=shard, **sizes)
     saved = adapter(tmp_path / "adapter", name, base, make())
     expected = merged_in_memory(tmp_path / "expected", name, base, saved, shard)
@@ -277,6 +280,7 @@ def test_adapters_that_cannot_be_merged(places: tuple[Path, Path, Path], tmp_pat
     refused(CheckpointError, "lora_B", base, saved, out)
 
 
+@fused_experts
 def test_experts_in_another_layout_are_refused_by_name_and_others_are_copied(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
@@ -352,6 +356,8 @@ def test_a_model_of_another_class_than_the_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wider", [False, True], ids=["base of a larger model", "larger model than the base"])
 def test_names_with_and_without_the_prefix_of_the_base_model(wider: bool, tmp_path: Path) -> None:
     """A checkpoint of the bare model for a classifier, and one of a classifier for the bare model."""
+    if wider and VERSION < (5, 0):
+        pytest.skip("transformers 4 does not read a bare model's names beside those of a head")
     model = tiny("bert")
     (model.bert if wider else model).save_pretrained(tmp_path / "base")
     kind: Any = transformers.BertForSequenceClassification if wider else transformers.BertModel
