@@ -59,7 +59,8 @@ class Row:
 
     def adapter(self, library: Any, **fields: Any) -> Any:
         saved = {"modules_to_save": list(self.heads)} if self.named else {}
-        return library.LoraConfig(r=2, target_modules=[self.target], task_type=self.task, **saved, **fields)
+        targets = self.target if "|" in self.target else [self.target]
+        return library.LoraConfig(r=2, target_modules=targets, task_type=self.task, **saved, **fields)
 
     def inputs(self) -> dict[str, Tensor]:
         if self.config == "ViTConfig":
@@ -82,7 +83,7 @@ ROWS = [
     Row("LlamaForTokenClassification", "LlamaConfig", "TOKEN_CLS", ("score",), "q_proj"),
     Row("BertForQuestionAnswering", "BertConfig", "QUESTION_ANS", ("qa_outputs",), "query"),
     Row("BertForMultipleChoice", "BertConfig", "SEQ_CLS", ("classifier",), "query"),
-    Row("ViTForImageClassification", "ViTConfig", None, ("classifier",), "q_proj", named=True),
+    Row("ViTForImageClassification", "ViTConfig", None, ("classifier",), r".*\.(q_proj|query)", named=True),
     Row("T5ForConditionalGeneration", "T5Config", "SEQ_2_SEQ_LM", ("lm_head",), "q", named=True),
     Row("T5ForConditionalGeneration", "T5Config", "SEQ_2_SEQ_LM", (), "q"),
     Row("LlamaForCausalLM", "LlamaConfig", "CAUSAL_LM", (), "q_proj"),
