@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import peftlite
 from tests.contract.rows import CONVOLUTIONS, KINDS, PREPARED, TAME_KINDS, TUNERS, UNSUPPORTED, Case, scramble
 from tests.tuners.pairs import apart
+from tests.versions import VERSION
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, and ours about its files
 
@@ -80,6 +81,8 @@ def test_everything_is_as_in_peft(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", rows(differ=True), ids=str)
 def test_peft_differs_where_we_say_so(case: Case, tmp_path: Path) -> None:
+    if VERSION == (5, 0) and case.kind == "hqq":
+        pytest.skip("transformers 5.0 gives HQQ layers a `weight` without numbers: PEFT differs in other ways")
     with pytest.raises(Exception, match=WRONG[case.tuner, case.kind]):
         Both(case).check(tmp_path)
 
