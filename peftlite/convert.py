@@ -17,8 +17,9 @@ from peftlite.checkpoint.record import Record, record_for, record_of
 from peftlite.checkpoint.spots import is_companion, spots
 from peftlite.checkpoint.state_dict import adapter_tensors, key_prefix
 from peftlite.checkpoint.targets import BaseTarget, LayerTarget, live_targets
+from peftlite.core.found import host_at
 from peftlite.core.hosts import EmbeddingHost, Host, ParamHost
-from peftlite.core.inject import host_at, plan
+from peftlite.core.inject import plan
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import state_of
 from peftlite.core.plan import Site

@@ -145,3 +145,15 @@ def batch(name: str, *, rows: int = 2, length: int = 6, seed: int = 0) -> dict[s
     tokens = torch.randint(2, VOCAB, (rows, length), generator=generator)
     labels = torch.randint(3, (rows,), generator=generator) if name == "bert" else tokens.clone()
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+
+
+class Block(nn.Module):
+    """Two layers, and a part of the inputs that goes around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8)
+        self.down = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))

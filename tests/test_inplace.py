@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peftlite
 from peftlite.config import PeftConfig
-from peftlite.core.inject import facts_of
+from peftlite.core.facts import facts_of
 from peftlite.errors import AdapterNameError, ConfigError, NoAdapterError, StateError, TargetNotFoundError
 from tests.models import TINY, VOCAB, batch, tiny
 from tests.versions import CHECKPOINTING, VERSION, checkpointing

@@ -52,6 +52,8 @@ CORE = (
     "sharding",
     "tree",
     "replicas",
+    "facts",
+    "found",
     "plan",
     "ties",
     "unpacking",

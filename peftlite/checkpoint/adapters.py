@@ -27,7 +27,8 @@ from peftlite.checkpoint.state_dict import Staged, adapter_tensors, apply, bare,
 from peftlite.checkpoint.targets import Blueprint, Targets, live_targets
 from peftlite.checkpoint.tensorfile import TensorInfo, TensorSource
 from peftlite.config import HubOptions, PeftConfig, config_from_dict
-from peftlite.core.inject import commit, facts_of, plan
+from peftlite.core.facts import facts_of
+from peftlite.core.inject import commit, plan
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import set_requires_grad, state_of
 from peftlite.core.plan import InjectionPlan

@@ -12,9 +12,11 @@ from peftlite.checkpoint.fused import A, B, Fused, Piece
 from peftlite.checkpoint.keys import file_key, shown, split_file_key, without_prefix
 from peftlite.checkpoint.tensorfile import TensorInfo, TensorSource
 from peftlite.config import PeftConfig
+from peftlite.core.facts import facts_of
 from peftlite.core.former import Former
+from peftlite.core.found import Found, host_at
 from peftlite.core.hosts import ParamHost
-from peftlite.core.inject import Found, choose_parameters, facts_of, host_at, is_linear
+from peftlite.core.inject import choose_parameters, is_linear
 from peftlite.core.targets import TargetSpec, absent, ending, entries_for, is_all_linear, match_pattern, select
 from peftlite.core.tree import places
 from peftlite.errors import CheckpointError, ConfigError, warn

@@ -17,7 +17,8 @@ from torch import nn
 from peftlite.checkpoint.keys import RECORD_NAME, shown
 from peftlite.checkpoint.report import LoadReport
 from peftlite.checkpoint.spots import is_companion, spots
-from peftlite.core.inject import facts_of, host_at, innermost
+from peftlite.core.facts import facts_of
+from peftlite.core.found import host_at, innermost
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import InjectionPlan
 from peftlite.core.tree import NOTHING, base_model_of, layers

@@ -26,7 +26,7 @@ from peftlite.checkpoint.targets import (
     live_targets,
 )
 from peftlite.checkpoint.tensorfile import MemoryTensors, TensorSource
-from peftlite.core.inject import ModelFacts, facts_of
+from peftlite.core.facts import ModelFacts, facts_of
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import state_of
 from peftlite.core.state import bias_of

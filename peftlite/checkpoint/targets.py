@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from peftlite.checkpoint.keys import file_key, shared_key
 from peftlite.checkpoint.report import Wanted
 from peftlite.checkpoint.spots import Spot, is_whole, joined_path, spots
+from peftlite.core.facts import ModelFacts, facts_of
+from peftlite.core.found import innermost
 from peftlite.core.hosts import is_borrowed
-from peftlite.core.inject import ModelFacts, facts_of, innermost
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import InjectionPlan, Site
 from peftlite.core.slots import BufferSlot, fill_in

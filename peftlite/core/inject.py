@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from peftlite.config import PeftConfig
 from peftlite.core.binding import activate, rebind, sync
-from peftlite.core.former import Former
-from peftlite.core.hosts import Host, LinearHost, ModuleHost, ParamHost, host_for, is_borrowed, known_kinds
+from peftlite.core.facts import ModelFacts, facts_of
+from peftlite.core.found import Found, Wanted, host_at, innermost
+from peftlite.core.hosts import Host, LinearHost, ModuleHost, host_for, known_kinds
 from peftlite.core.inputs import observe
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.outputs import attach
 from peftlite.core.plan import InjectionPlan, Site
-from peftlite.core.replicas import Replicas, Stack, replicas_for
+from peftlite.core.replicas import Replicas, replicas_for
 from peftlite.core.state import AdapterState, check_adapter_name, check_bias_owner, freeze
 from peftlite.core.targets import (
     Selection,
@@ -33,50 +34,9 @@ from peftlite.core.targets import (
 )
 from peftlite.core.ties import tied_sites
 from peftlite.core.transaction import atomic, put
-from peftlite.core.tree import NOTHING, Place, base_model_of, check_one_state, find_state, places
+from peftlite.core.tree import base_model_of, check_one_state, find_state
 from peftlite.core.variant import COMPANIONS, INPUTS, Companion, TunerSpec, tuner_for
 from peftlite.errors import ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError, clipped
-
-C = TypeVar("C", bound=PeftConfig)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the library that a model comes from knows of it."""
-
-    name_or_path: str | None = None
-    model_type: str | None = None
-    output_head: nn.Module | None = None
-    embeddings: tuple[nn.Module, ...] = ()
-    """The layers with one row per token: the table of inputs, and the output head."""
-    input_table: nn.Module | None = None
-    """The table of inputs, without adapters."""
-    vocab_size: int | None = None
-    first_vocab_size: int | None = None
-    """Before it was changed, if it was."""
-    default_targets: Callable[[PeftConfig], None] | None = None
-    """Fills in those fields of a config that name modules and are None, with what is usual for this type of model."""
-    stack: Callable[[], Stack | None] | None = None
-    """Its list of layers, if there is one that could be made longer."""
-    former: Callable[[Sequence[str]], list[Former]] | None = None
-    """Which layers its parameters were before the library fused or renamed them."""
-    unloaded: Callable[[bool], None] | None = None
-    """Called when adapters have been taken out: what the library notes of the model follows its weights, which may be
-    tied no more, or (the argument) no more quantised."""
-
-
-_FACTS: list[Callable[[nn.Module], ModelFacts | None]] = []
-
-
-def register_model_facts(provider: Callable[[nn.Module], ModelFacts | None]) -> None:
-    """Make a library's knowledge of its models known."""
-    _FACTS.append(provider)
-
-
-def facts_of(model: nn.Module) -> ModelFacts:
-    """What is known of `model`; empty for a plain torch module."""
-    base = base_model_of(model)
-    return next((facts for provider in _FACTS if (facts := provider(base)) is not None), ModelFacts())
 
 
 # ---- plan
@@ -90,7 +50,7 @@ def plan(
 ) -> InjectionPlan:
     """What adding an adapter would do, printable as a table; changes nothing and works on the meta device.
 
-    Raises: AdapterNameError, ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError, StateError.
+    Raises: AdapterNameError, ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError.
     """
     check_config(config)
     base = base_model_of(model)
@@ -135,12 +95,9 @@ def replicas_to_make(
     Raises: ConfigError, StateError.
     """
     present = None if state is None else state.replicas
-    asked = present is None and state is None and config.to_dict().get("layer_replication")
+    asked = state is None and config.to_dict().get("layer_replication")
     stack = facts.stack() if asked and facts.stack is not None else None
     return replicas_for(config, present, state is None, stack, type(base).__name__)
-
-
-Wanted = tuple[str, "str | None"]  # the path of a module, and the name of its parameter where it is about one
 
 
 def check_config(config: object) -> None:
@@ -153,79 +110,6 @@ def check_config(config: object) -> None:
         raise ConfigError(
             f"The config is a `{kind}`; it must be one of peftlite, such as `peftlite.LoraConfig`. Nothing was changed."
         )
-
-
-@dataclass(frozen=True)
-class Found:
-    """One walk over a model: its modules by path, and who uses each parameter."""
-
-    places: dict[str, Place]
-    """Where modules are; of adapter layers, not what is inside."""
-    inside: dict[str, Place]
-    """Where modules inside adapter layers are."""
-    modules: dict[int, list[Place]] = field(default_factory=dict)
-    """id of a module -> its places; one that is in several gets one adapter, in all of them."""
-    uses: dict[int, set[int]] = field(default_factory=dict)
-    """id of a parameter -> ids of the modules that have it."""
-    replicas: Replicas | None = None
-
-    @classmethod
-    def of(cls, base: nn.Module, replicas: Replicas | None = None) -> Found:
-        """Of a model; with replicas, as it is with these."""
-        instead = NOTHING if replicas is None else replicas.instead
-        found, inside = cls({}, {}, replicas=replicas), "" if isinstance(base, AdapterLayer) else None
-        for place in places(base, True, instead):
-            if inside is not None and place.path.startswith(inside):
-                found.inside[place.path] = place
-            else:
-                inside = f"{place.path}." if isinstance(place.module, AdapterLayer) else None
-                found.places[place.path] = place
-                found.modules.setdefault(id(place.module), []).append(place)
-            for parameter in place.module._parameters.values():
-                if parameter is not None:
-                    found.uses.setdefault(id(parameter), set()).add(id(place.module))
-        return found
-
-    def everywhere(self, path: str) -> tuple[Place, ...]:
-        """All places of the module at this path, the first of the model's first."""
-        module = self.at(path).module
-        return tuple(self.modules.get(id(module), (self.at(path),)))
-
-    def at(self, path: str) -> Place:
-        """The place of this path."""
-        return self.places[path] if path in self.places else self.inside[path]
-
-    def parameter_paths(self) -> list[str]:
-        """The paths of the parameters that modules own themselves, in the modules' order."""
-        return [
-            f"{path}.{name}"
-            for path, place in self.places.items()
-            for name, parameter in innermost(place.module)._parameters.items()
-            if parameter is not None
-        ]
-
-    def split(self, path: str) -> Wanted:
-        """(module, parameter) of a parameter's path."""
-        module, _, name = path.rpartition(".")
-        return module, name
-
-    def shares_weight(self, host: Host) -> bool:
-        """Whether the host's parameter or bias is another module's too, or lies on another model's storage."""
-        own = [host.parameter, *([] if host.bias is None else [host.bias])]
-        return any(len(self.uses.get(id(one), ())) > 1 or is_borrowed(one) for one in own)
-
-    def sharers(self, host: Host) -> list[str]:
-        """The paths of all modules that have the host's parameter, but for those in replicas of its layer."""
-        users = self.uses.get(id(host.parameter), ())
-        paths = {id(innermost(place.module)): path for path, place in reversed(self.places.items())}
-        own = paths.get(id(host.layer), "")
-        shared = [path for path in self.places if any(paths.get(user) == path for user in users)]
-        return [path for path in shared if self.replicas is None or not self.replicas.apart(own, path)]
-
-
-def innermost(module: nn.Module) -> nn.Module:
-    """The base layer of an adapter layer, or the module itself."""
-    return module.get_base_layer() if isinstance(module, AdapterLayer) else module
 
 
 def choose(base: nn.Module, config: PeftConfig, found: Found, facts: ModelFacts) -> Selection:
@@ -362,11 +246,6 @@ def make_sites(found: Found, wanted: Iterable[Wanted], tuner: TunerSpec, config:
 def make_module_sites(found: Found, config: PeftConfig, tuner: TunerSpec, paths: Iterable[str]) -> list[Site]:
     """One site per module."""
     return make_sites(found, [(path, None) for path in paths], tuner, config)
-
-
-def host_at(module: nn.Module, param: str | None) -> Host | None:
-    """The host of a module (of the base layer, if it has adapters), or of one of its parameters."""
-    return host_for(innermost(module)) if param is None else ParamHost(innermost(module), param)
 
 
 def why_not(module: nn.Module, host: Host | None, tuner: TunerSpec) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftlite.core.binding import activate, check_exclusive, plan_banks, plan_programs, rebind, sync
 from peftlite.core.call import Call, Programs, current, using
-from peftlite.core.inject import facts_of
+from peftlite.core.facts import facts_of
 from peftlite.core.inputs import forget
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.merging import SAME, Undo, check_undo

@@ -21,18 +21,9 @@ from peftlite.core.lifecycle import use_adapter_per_row
 from peftlite.core.tree import layers
 from peftlite.errors import AdapterNameError, StateError
 from tests.contract.rows import scramble
+from tests.models import Block
 
 NAMES = ("a", "b", "c", "d")
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(6, 8)
-        self.down = nn.Linear(8, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
 
 
 class Net(nn.Module):

@@ -29,24 +29,13 @@ from peftlite.core.lifecycle import use_adapter_per_row
 from peftlite.core.tree import layers
 from peftlite.errors import AdapterNameError, StateError
 from tests.contract.rows import scramble
+from tests.models import Block
 
 THREADS = 8
 CALLS = int(os.environ.get("PEFTLITE_CALLS", "300"))
 NAMES = tuple("abcdefgh")
 SHAPES = ("in place", "wrapped")
 Choice = Callable[[nn.Module], AbstractContextManager[Any]]
-
-
-class Block(nn.Module):
-    """Two layers, and a part of the inputs that goes around them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(6, 8)
-        self.down = nn.Linear(8, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
 
 
 class Net(nn.Module):

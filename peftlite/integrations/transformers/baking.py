@@ -20,8 +20,8 @@ from peftlite.checkpoint.shards import INDEX, SINGLE, Shards, ShardWriter, not_t
 from peftlite.checkpoint.targets import BaseTarget, live_targets
 from peftlite.checkpoint.tensorfile import TensorInfo
 from peftlite.config import PeftConfig, config_from_dict
+from peftlite.core.facts import facts_of
 from peftlite.core.hosts import Saved
-from peftlite.core.inject import facts_of
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import check_mergeable, outcome, state_of
 from peftlite.core.tree import layer_places, layers

@@ -11,7 +11,8 @@ from torch import nn
 
 from peftlite.checkpoint.former import brought_up_to_date
 from peftlite.config import PeftConfig, PeftType
-from peftlite.core.inject import ModelFacts, innermost, register_model_facts
+from peftlite.core.facts import ModelFacts, register_model_facts
+from peftlite.core.found import innermost
 from peftlite.core.tree import places
 from peftlite.errors import ConfigError
 from peftlite.integrations.defaults import default_feedforward, default_targets

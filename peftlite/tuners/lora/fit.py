@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from peftlite.config import PeftConfig
-from peftlite.core.inject import Found, choose_parameters
+from peftlite.core.found import Found
+from peftlite.core.inject import choose_parameters
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.targets import TargetSpec, match_pattern, select
 from peftlite.core.tree import base_model_of, places
