@@ -93,7 +93,7 @@ def update_and_allocate(model: nn.Module, global_step: int) -> None:
     if global_step < config.last_allocation or (is_last and not memory.importance):
         if all(parameter.grad is None for parameter in parameters.values()):
             raise StateError(
-                "There are no gradients: call this between `optimizer.step()` and `zero_grad()`. Nothing was changed."
+                "`update_and_allocate` finds no gradients: call it before `zero_grad()`. Nothing was changed."
             )
         for key, parameter in parameters.items():
             memory.learn(key, parameter, config)
