@@ -39,7 +39,7 @@ def atomic(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         outer = _journal.steps
         steps: list[Undo] = [] if outer is None else outer
-        begin = len(steps)
+        begin, with_gradients = len(steps), torch.is_grad_enabled()
         try:
             _journal.steps = steps
             result = function(*args, **kwargs)
@@ -47,6 +47,7 @@ def atomic(function: Callable[P, R]) -> Callable[P, R]:
             return result
         except BaseException as error:
             _journal.steps = None
+            torch.set_grad_enabled(with_gradients)  # what strikes at the end of `with torch.no_grad()` leaves them off
             take_back(steps, begin, error)
             _journal.steps = outer
             raise

@@ -68,7 +68,7 @@ def bits(tensor: Tensor) -> tuple[Any, ...]:
 
 def portrait(model: nn.Module, run: Callable[[nn.Module], Tensor], identity: bool = True) -> dict[str, Any]:
     """All that a call may change: tree, tensors, flags, hooks, who is active, outputs; not what is derived."""
-    found: dict[str, Any] = {"tree": str(model), "call": calls.current()}
+    found: dict[str, Any] = {"tree": str(model), "call": calls.current(), "gradients": torch.is_grad_enabled()}
     for kind in (model.named_parameters, model.named_buffers):
         for name, tensor in kind(remove_duplicate=False):
             found[f"tensor {name}"] = (bits(tensor), tensor.requires_grad, id(tensor) if identity else 0)

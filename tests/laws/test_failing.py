@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import peftlite
 from peftlite import LoraConfig
+from peftlite.core.transaction import atomic
 from tests.contract.rows import scramble
 from tests.laws.faults import Steps, Stop, chosen, differences, portrait
 
@@ -273,3 +274,15 @@ def test_a_call_that_is_stopped_at_any_step_changes_nothing(case: str, folder: P
     after, expected = (portrait(done, run, identity=False) for done in (model, twin))
     if changed := differences(expected, after):
         pytest.fail(f"{changed} when the call is made again", pytrace=False)
+
+
+def test_gradients_are_recorded_after_a_call_that_is_stopped_at_the_end_of_a_block_without() -> None:
+    @atomic
+    def call() -> None:
+        torch.set_grad_enabled(False)  # what an exception finds that strikes before the block's end puts it back
+        raise Stop
+
+    with torch.enable_grad():
+        with pytest.raises(Stop):
+            call()
+        assert torch.is_grad_enabled()
