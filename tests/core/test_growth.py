@@ -105,7 +105,7 @@ def test_a_plan_walks_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
         walks.append(model)
         return places(model, *options)
 
-    monkeypatch.setattr("peftlite.core.inject.places", counted)
+    monkeypatch.setattr("peftlite.core.found.places", counted)
     peftlite.plan(Mlp(), peftlite.LoraConfig(**LORA))
     assert len(walks) == 1
 
