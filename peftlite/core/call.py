@@ -38,8 +38,9 @@ _ever_logged = False  # until a Call has recorded gradients, `current` need not 
 
 
 class _Mirror(threading.local):
-    call: Call | None = None
-    made = False
+    def __init__(self) -> None:  # not attributes of the class: dynamo would guard those, and miss what hides them later
+        self.call: Call | None = None
+        self.made = False
 
 
 _mirror = _Mirror()

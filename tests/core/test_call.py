@@ -210,6 +210,29 @@ def test_calls_nest_and_models_do_not_mix(net: Net) -> None:
         assert torch.equal(other(x), plain)
 
 
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
+def test_code_compiled_before_a_thread_chose_adapters_heeds_its_first_choice(net: Net) -> None:
+    """In a thread of its own: in this one, earlier tests may have chosen adapters."""
+    peftlite.set_adapter(net, "a")
+    x = torch.randn(4, 6)
+    with torch.no_grad(), peftlite.use_adapter(net, "b"):
+        expected = net(x)
+    found: list[Tensor] = []
+
+    def work() -> None:
+        torch._dynamo.reset()
+        compiled = torch.compile(net, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            compiled(x)
+            with peftlite.use_adapter(net, "b"):
+                found.append(compiled(x))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(found, [expected])
+
+
 def test_a_thread_started_with_a_copied_context_sees_the_call(net: Net) -> None:
     x = torch.randn(2, 6)
     with peftlite.use_adapter(net, "b"):
