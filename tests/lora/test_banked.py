@@ -15,7 +15,7 @@ import peftlite
 from peftlite import IA3Config, LoraConfig
 from peftlite.core.tree import layers
 from peftlite.errors import AdapterNameError, StateError
-from peftlite.tuners.lora import banked, passes
+from peftlite.tuners.lora import blocks as block_sizes
 from peftlite.tuners.lora.banked import LoraBank
 from tests.contract.rows import scramble
 from tests.quantised import QUANTISED
@@ -98,8 +98,7 @@ def test_rows_together_equal_rows_one_by_one(
 @pytest.mark.parametrize("blocks", [False, True], ids=["whole", "in blocks"])
 def test_half_precision_is_as_near_to_float64_as_one_by_one(blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if blocks:
-        monkeypatch.setattr(banked, "LARGE", 64)
-        monkeypatch.setattr(passes, "LARGE", 64)
+        monkeypatch.setattr(block_sizes, "LARGE", 64)
     model, x = adapted(dtype=torch.bfloat16), torch.randn(8, 50, 64).bfloat16()
     exact = one_by_one(copy.deepcopy(model).double(), x.double())
     with torch.no_grad(), peftlite.use_adapter_per_row(model, ROWS):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftlite
-from peftlite.tuners.lora import bound, passes
+from peftlite.tuners.lora import blocks, bound
+from peftlite.tuners.lora.masks import drawn, opened
 
 IN, OUT = 12, 10
 Found = dict[str, Tensor]
@@ -32,7 +33,8 @@ class Formula(nn.Module):
         y = F.linear(x, base.weight, base.bias)
         low = x.to(A.dtype)
         if self.p:
-            low = torch.where(bound.keep_mask(x.numel(), self.p, x.device).view(x.shape), low, 0.0) / (1 - self.p)
+            keep = opened(drawn(x.reshape(-1, x.shape[-1]), self.p), x.shape[-1])
+            low = torch.where(keep.view(x.shape) == 1, low, 0.0) / (1 - self.p)
         return (y + F.linear(F.linear(low, A), B) * self.layer.scaling["default"]).to(y.dtype)
 
 
@@ -178,7 +180,7 @@ def test_gradients_are_those_of_the_formula(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bound, "_SMALL", 0)  # small inputs too
-    monkeypatch.setattr(passes, "LARGE", 3 * IN)  # in several blocks, the last of them smaller
+    monkeypatch.setattr(blocks, "LARGE", 3 * IN)  # in several blocks, the last of them smaller
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     layer = adapted(dtype, dropout, bias)
     formula = Formula(layer)
@@ -205,8 +207,55 @@ def test_gradients_are_those_of_the_formula(
 def test_inference_in_blocks_is_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = adapted(torch.bfloat16, 0.0).eval(), torch.randn(40, IN).bfloat16()
     whole = layer(x)
-    monkeypatch.setattr(passes, "LARGE", 7 * IN)
-    assert [(rows.start, rows.stop) for rows in passes.blocks(torch.empty(20, 7 * IN * torch.get_num_threads()))] == [
+    monkeypatch.setattr(blocks, "LARGE", 7 * IN)
+    assert [(rows.start, rows.stop) for rows in blocks.blocks(torch.empty(20, 7 * IN * torch.get_num_threads()))] == [
         (row, row + 1) for row in range(20)
     ]
     torch.testing.assert_close(layer(x), whole, rtol=2**-7, atol=1e-3)
+
+
+def test_a_mask_is_one_bit_for_each_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    expected = torch.tensor([[number >> bit & 1 for bit in range(8)] for number in range(256)], dtype=torch.uint8)
+    assert torch.equal(opened(every[:, None], 8), expected)
+    assert torch.equal(opened(every.view(128, 2), 13), expected.view(128, 16)[:, :13])
+    x = torch.empty(601, 101)
+    for p in (0.05, 0.5, 0.999999, 1e-9):
+        torch.manual_seed(3)
+        bits = drawn(x, p)
+        assert (bits.shape, bits.dtype) == ((601, 13), torch.uint8)
+        assert abs(float(opened(bits, 101).double().mean()) - (1 - p)) < 4e-3
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks, "LARGE", 500)
+            torch.manual_seed(3)
+            assert torch.equal(drawn(x, p), bits)
+
+
+def test_dropping_everything_leaves_the_base_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bound, "_SMALL", 0)
+    layer = adapted(torch.float32, 0.5)
+    layer.lora_dropout["default"].p = 1.0
+    x = torch.randn(6, IN, requires_grad=True)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_what_is_kept_for_backward(dtype: torch.dtype, dropout: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 128)).to(dtype)
+    peftlite.inject(model, peftlite.LoraConfig(r=4, target_modules=["0"], lora_dropout=dropout))
+    x = torch.randn(1024, 256).to(dtype).requires_grad_()
+    own = {p.data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    u, bits = 1024 * 4 * 4, 1024 * 256 // 8
+    assert sum(sizes.values()) == x.nbytes + u + (bits if dropout else 0)
+    assert y.requires_grad

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from peftlite.core.hosts import LinearHost
 from peftlite.core.rows import Order, split
 from peftlite.core.slots import View
+from peftlite.tuners.lora.blocks import is_large
 from peftlite.tuners.lora.bound import Parts, globally_hooked
-from peftlite.tuners.lora.passes import LARGE, add_product, low_of
+from peftlite.tuners.lora.passes import add_product, low_of
 
 
 def banks(a: View) -> bool:
@@ -92,7 +93,7 @@ class LoraBank:
         y: Tensor = self.base(given)
         flat, low_in = y.view(-1, self.out), given.reshape(-1, x.shape[-1])
         wide = flat.dtype != As[0].dtype  # sums are made in the adapters' dtype
-        if wide and flat.numel() > LARGE:
+        if wide and is_large(flat):
             self.add_in_blocks(low_in, flat, order, As, Bs)
             return order.restored(y)
         low_in = low_in.to(As[0].dtype)

@@ -1,7 +1,7 @@
 """One LoRA adapter on one plain `nn.Linear`, bound: the same numbers as calling the modules, in fewer passes.
 
     inference   y = x W^T + b, then y += s (x A^T) B^T in place
-    training    one autograd Function, which keeps x in its own dtype, x A^T, and a bool per element for dropout
+    training    one autograd Function, which keeps x in its own dtype, x A^T, and a bit per element for dropout
 
 Whatever is not the plain case is left to the modules' own calls: hooks on any part, a `forward` patched onto an
 instance, subclasses of modules or tensors, autocast, functorch transforms, a base weight that trains, more arguments.
@@ -21,10 +21,10 @@ from torch.nn.modules import module as torch_module
 
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
-from peftlite.tuners.lora.passes import Saved, add_product, gradients, kept, low_of
+from peftlite.tuners.lora.masks import drawn, kept
+from peftlite.tuners.lora.passes import Saved, add_product, gradients, low_of
 
 _SMALL = 1 << 17  # elements of x below which a Function in Python costs more than dropout by plain autograd
-_LEVELS = 1 << 16  # a dropout mask is drawn from 16 random bits per element
 
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
@@ -45,12 +45,12 @@ class FusedLora(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float, p: float
     ) -> Tensor:
         y = F.linear(x, W, bias)
-        keep = keep_mask(x.numel(), p, x.device).view(-1, x.shape[-1]) if p else None
-        if p:
-            s = s / (1 - p)
-        u = low_of(x.reshape(-1, x.shape[-1]), keep, A)  # (rows, r)
+        flat = x.reshape(-1, x.shape[-1])
+        bits = drawn(flat, p) if p else None
+        s = s / (1 - p)
+        u = low_of(flat, bits, A)  # (rows, r)
         add_product(y.view(-1, y.shape[-1]), u, B.t(), s)
-        ctx.save_for_backward(x, u, A, B, W, keep)
+        ctx.save_for_backward(x, u, A, B, W, bits)
         ctx.s = s
         return y
 
@@ -60,31 +60,25 @@ class FusedLora(torch.autograd.Function):
         g = grad.reshape(-1, grad.shape[-1])
         if torch.is_grad_enabled():
             return *differentiable(saved, s, need, g), None, None
-        x, _, A, _, W, keep = saved
+        x, _, A, _, W, bits = saved
         gu, gA, gB = gradients(saved, s, need, g)
         gx = None
         if need[0]:
             gx = torch.mm(g, W)
-            add_product(gx, gu, A, keep=keep)
+            add_product(gx, gu, A, bits=bits)
             gx = gx.view(x.shape)
         return gx, None, g.sum(0) if need[2] else None, gA, gB, None, None
 
 
 def differentiable(saved: Saved, s: float, need: Sequence[bool], g: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of x, W, b, A, B by operations that have gradients themselves; so u is made again from x and A."""
-    x, _, A, B, W, keep = saved
-    wide, given = g.to(A.dtype), kept(x.reshape(-1, x.shape[-1]).to(A.dtype), keep)
+    x, _, A, B, W, bits = saved
+    wide, given = g.to(A.dtype), kept(x.reshape(-1, x.shape[-1]).to(A.dtype), bits)
     gu = torch.mm(wide, B * s)
-    gx = (torch.mm(g, W) + kept(torch.mm(gu, A), keep)).to(x.dtype).view(x.shape) if need[0] else None
+    gx = (torch.mm(g, W) + kept(torch.mm(gu, A), bits)).to(x.dtype).view(x.shape) if need[0] else None
     gA = torch.mm(gu.t(), given) if need[3] else None
     gB = torch.mm(wide.t(), torch.mm(given, A.t())) * s if need[4] else None
     return gx, None, g.sum(0) if need[2] else None, gA, gB
-
-
-def keep_mask(count: int, p: float, device: torch.device) -> Tensor:
-    """A bool per element, True with probability 1 - p; cheaper than one float per element."""
-    bits = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
-    return bits.view(torch.int16)[:count] >= round(p * _LEVELS) - _LEVELS // 2
 
 
 def suits(a: View) -> bool:
@@ -164,7 +158,8 @@ class BoundLinear:
         if not (p or wanted or torch._C._are_functorch_transforms_active()):
             return self.infer(x, W, bias, A, B)
         # with dropout, nothing here depends on `wanted`: a recomputation with gradients must draw the same mask
-        if W.requires_grad or torch._C._are_functorch_transforms_active() or (p and x.numel() < _SMALL):
+        small = p and (x.numel() < _SMALL or p >= 1)
+        if W.requires_grad or torch._C._are_functorch_transforms_active() or small:
             return self.slow(x)
         return FusedLora.apply(x, W, bias, A, B, self.s, p)  # type: ignore[no-untyped-call]
 

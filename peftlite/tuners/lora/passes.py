@@ -6,60 +6,53 @@ Elsewhere all rows go at once. None of this is differentiable: it is for inferen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftlite.tuners.lora.blocks import blocks, is_large
+from peftlite.tuners.lora.masks import opened
+
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, "Tensor | None"]
-"""What `FusedLora` keeps for backward: x, u = drop(x) A^T (rows, r), A, B, W, and the mask (rows, in)."""
-LARGE = 1 << 18
-"""From how many elements on a tensor is taken in blocks, of so many for each thread."""
+"""What `FusedLora` keeps for backward: x, u = drop(x) A^T (rows, r), A, B, W, and the mask's bits."""
 
 
-def blocks(*matrices: Tensor) -> Iterator[slice]:
-    """Slices of the rows that matrices have in common."""
-    rows, width = len(matrices[0]), max(matrix.shape[1] for matrix in matrices)
-    step = rows
-    if matrices[0].device.type == "cpu":
-        step = max(1, LARGE * torch.get_num_threads() // max(1, width))
-    yield from (slice(start, start + step) for start in range(0, rows, step or 1))
+def dropped_(x: Tensor, bits: Tensor | None, rows: slice) -> Tensor:
+    """Zeros, in place, where the bits do not keep some rows."""
+    return x if bits is None else x.mul_(opened(bits[rows], x.shape[1]))
 
 
-def kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    """Zeros where the mask does not keep `x`; without rescaling."""
-    return x if keep is None else torch.where(keep, x, 0.0)
-
-
-def entered(x: Tensor, keep: Tensor | None, dtype: torch.dtype, rows: slice) -> Tensor:
+def entered(x: Tensor, bits: Tensor | None, dtype: torch.dtype, rows: slice) -> Tensor:
     """Some rows of what A is given."""
-    return kept(x[rows].to(dtype), None if keep is None else keep[rows])
+    part = x[rows]
+    if bits is None or part.dtype != dtype:
+        return dropped_(part.to(dtype), bits, rows)
+    return part * opened(bits[rows], x.shape[1])
 
 
-def low_of(x: Tensor, keep: Tensor | None, A: Tensor) -> Tensor:
+def low_of(x: Tensor, bits: Tensor | None, A: Tensor) -> Tensor:
     """drop(x) A^T: (rows, in) -> (rows, r)."""
-    if x.numel() <= LARGE or (x.dtype == A.dtype and keep is None):
-        return F.linear(kept(x.to(A.dtype), keep), A)
+    if bits is None and (x.dtype == A.dtype or not is_large(x)):
+        return F.linear(x.to(A.dtype), A)
     u = A.new_empty(len(x), len(A))
     for rows in blocks(x):
-        u[rows] = F.linear(entered(x, keep, A.dtype, rows), A)
+        torch.mm(entered(x, bits, A.dtype, rows), A.t(), out=u[rows])
     return u
 
 
-def add_product(y: Tensor, u: Tensor, B: Tensor, s: float = 1.0, keep: Tensor | None = None) -> None:
+def add_product(y: Tensor, u: Tensor, B: Tensor, s: float = 1.0, bits: Tensor | None = None) -> None:
     """Add drop(s u B) to y, in place, summed in u's dtype: (rows, out), (rows, r), (r, out)."""
-    if y.dtype == u.dtype and keep is None:
+    if y.dtype == u.dtype and bits is None:
         y.addmm_(u, B, alpha=s)
-    elif y.numel() <= LARGE:
-        y.add_(kept(torch.mm(u, B), keep), alpha=s)
-    else:
-        for rows in blocks(y):
-            part = y[rows]
-            if keep is None:
-                part.copy_(part.to(u.dtype).addmm_(u[rows], B, alpha=s))
-            else:
-                part.add_(kept(torch.mm(u[rows], B), keep[rows]), alpha=s)
+        return
+    for rows in blocks(y):
+        part = y[rows]
+        if bits is None:
+            part.copy_(part.to(u.dtype).addmm_(u[rows], B, alpha=s))
+        else:
+            part.copy_(dropped_(torch.mm(u[rows], B), bits, rows).mul_(s).add_(part))
 
 
 def gradients(saved: Saved, s: float, need: Sequence[bool], g: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -67,16 +60,17 @@ def gradients(saved: Saved, s: float, need: Sequence[bool], g: Tensor) -> tuple[
 
     need: which gradients are needed, of the arguments of `FusedLora`.
     """
-    x, u, A, B, _, keep = saved
+    x, u, A, B, _, bits = saved
     x, Bs = x.reshape(-1, x.shape[-1]), B * s
     gu = A.new_empty(len(g), len(A))
     gA = torch.zeros_like(A) if need[3] else None
-    gB = torch.zeros_like(B) if need[4] else None
-    for rows in blocks(g, x):
+    gB = A.new_zeros(len(A), len(B)) if need[4] else None  # transposed: large matrices stay as they lie
+    for rows in blocks(g):
         wide = g[rows].to(A.dtype)
-        gu[rows] = torch.mm(wide, Bs)
+        torch.mm(wide, Bs, out=gu[rows])
         if gB is not None:
-            gB.addmm_(wide.t(), u[rows], alpha=s)
-        if gA is not None:
-            gA.addmm_(gu[rows].t(), entered(x, keep, A.dtype, rows))
-    return gu, gA, gB
+            gB.addmm_(u[rows].t(), wide, alpha=s)
+    if gA is not None:
+        for rows in blocks(x):
+            gA.addmm_(gu[rows].t(), entered(x, bits, A.dtype, rows))
+    return gu, gA, None if gB is None else gB.t().contiguous()

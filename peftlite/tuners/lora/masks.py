@@ -1,0 +1,43 @@
+"""What dropout keeps: 16 random bits decide on each element, and one bit is remembered of it.
+
+    drawn(rows, width)    bits (rows, width / 8): True with probability 1 - p
+    opened(bits)          one byte of 0 or 1 per element (rows, width), to multiply with
+
+Comparing and multiplying go by whole numbers, for which torch has vector instructions; of `torch.where` and comparisons
+that give booleans it has plain loops, which cost a CPU more than the low-rank products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftlite.tuners.lora.blocks import blocks
+
+_LEVELS = 1 << 16  # an element is kept if its 16 random bits are below the share of these
+_GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: the highest byte has them as its bits, the first lowest
+_SPREAD = 0x0101010101010101  # times a byte: eight times that byte
+_SELECT = -0x7FBFDFEFF7FBFDFF  # 0x8040201008040201: of eight bytes, one bit each, the lowest of the first
+
+
+def drawn(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """A bit for each element of x (rows, width), 1 with probability 1 - p: (rows, width / 8, rounded up)."""
+    bits = torch.empty(len(x), (x.shape[1] + 7) // 8, dtype=torch.uint8, device=x.device)
+    least = min(round(p * _LEVELS), _LEVELS - 1) - _LEVELS // 2
+    for rows in blocks(x):
+        part = bits[rows]
+        random = torch.empty(len(part), 2 * part.shape[1], dtype=torch.int64, device=x.device)
+        keep = random.random_(-(2**63), None, generator=generator).view(torch.int16).ge_(least)
+        part.copy_(keep.to(torch.uint8).view(torch.int64).mul_(_GATHER) >> 56)
+    return bits
+
+
+def opened(bits: Tensor, width: int) -> Tensor:
+    """0 or 1 for each bit, as a byte: (rows, width)."""
+    spread = (bits.to(torch.int64) * _SPREAD).bitwise_and_(_SELECT)  # (rows, bytes): eight elements in each
+    return spread.view(torch.uint8).to(torch.bool).view(torch.uint8)[:, :width]
+
+
+def kept(x: Tensor, bits: Tensor | None) -> Tensor:
+    """Zeros where the bits do not keep `x` (rows, width); without rescaling."""
+    return x if bits is None else x * opened(bits, x.shape[1])
