@@ -58,17 +58,31 @@ class Fault:
     def install(self) -> None:
         for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open"):
             setattr(os, name, self.around(getattr(os, name)))
-        plain = commit.ChecksumWriter.write
+        commit.open = lambda *args: Halves(open(*args), self)  # type: ignore[attr-defined]  # noqa: SIM115
 
-        def write(writer: Any, data: Any) -> int:
-            self.step()
-            half = len(data) // 2
-            plain(writer, data[:half])
-            self.step()  # half of it is on the disk
-            plain(writer, data[half:])
-            return len(data)
 
-        commit.ChecksumWriter.write = write  # type: ignore[method-assign]
+class Halves:
+    """A file that is written in steps, two for each call of `write`."""
+
+    def __init__(self, file: Any, fault: Fault) -> None:
+        self.file, self.fault = file, fault
+
+    def __enter__(self) -> Halves:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, data: Any) -> int:
+        half = len(data) // 2
+        for part in (data[:half], data[half:]):  # after the first, half of it is on the disk
+            self.fault.step()
+            self.file.write(part)
+            self.file.flush()
+        return len(data)
 
 
 def kill() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from peftlite.core.hosts import AttentionHost
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import merged_adapters, state_of
-from peftlite.core.tree import named_layers
+from peftlite.core.tree import layers, named_layers
 from peftlite.errors import ConfigError, StateError, warn
 
 MARK = {"peftlite.out_proj": "once"}
@@ -42,6 +42,8 @@ def double_out_proj(model: nn.Module, adapter_name: str = "default") -> None:
 
 def projections(model: nn.Module, name: str) -> Iterator[tuple[str, AdapterLayer]]:
     """(path of the attention layer, adapter layer of its `out_proj`) where adapter `name` is on both."""
+    if not any(isinstance(layer.host, AttentionHost) for layer in layers(model)):
+        return
     for path, layer in named_layers(model):
         if isinstance(layer.host, AttentionHost) and name in layer.variants:
             inside: Any = layer.get_base_layer()._modules["out_proj"]

@@ -1,12 +1,13 @@
 """Several files of a directory replaced as one: whoever reads with `opened` sees all the old ones or all the new ones.
 
-    1. the new files are written, with checksums, into a hidden directory beside the old ones, and flushed to the disk;
+    1. the new files are written into a hidden directory beside the old ones, and flushed to the disk;
     2. that directory is renamed to `.adapter-pending`: from this moment the new files are the ones that count;
     3. each file is renamed to its place, and the empty directory removed.
 
 Killed before 2, a save leaves what it found. Killed after 2, `opened` takes from `.adapter-pending` what is still
 there, and the next save ends the job. Programs that know nothing of this see whole files at all times, and matching
-ones before 2 and after 3.
+ones before 2 and after 3. If they save in between, sizes and times of writing tell, which renaming keeps: reading every
+byte for a checksum would cost as much as the save.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ import json
 import os
 import secrets
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from peftlite.errors import CheckpointError
 from peftlite.reading import open_regular, without_repeats
@@ -40,28 +40,14 @@ else:
 PENDING = ".adapter-pending"
 STAGING = ".adapter-staging-"
 MANIFEST = "manifest.json"
-Writer = Callable[[BinaryIO], None]
-Stamp = list[int]  # size, CRC-32
+Writer = Callable[[BinaryIO], object]
+Stamp = list[int]  # size, time of the last write in ns
 
-_BLOCK = 1 << 20
 _MAX_MANIFEST = 1 << 16
 _ATTEMPTS = 100
 
 
 # ---- writing
-
-
-class ChecksumWriter:
-    """Writes to a file and remembers size and checksum of what went through."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.stamp: Stamp = [0, 0]
-
-    def write(self, data: Any) -> int:
-        self._file.write(data)
-        self.stamp = [self.stamp[0] + len(data), zlib.crc32(data, self.stamp[1])]
-        return len(data)
 
 
 def replace_files(directory: Path, writers: Mapping[str, Writer]) -> None:
@@ -101,14 +87,10 @@ def replace_files(directory: Path, writers: Mapping[str, Writer]) -> None:
 def _stage(directory: Path, staging: Path, writers: Mapping[str, Writer]) -> None:
     manifest: dict[str, dict[str, Stamp | None]] = {}
     for name, write in writers.items():
-        with open(staging / name, "xb") as file:
-            counted = ChecksumWriter(file)
-            write(cast(BinaryIO, counted))
-            _flush(file)
-        manifest[name] = {"new": counted.stamp, "old": _stamp(directory / name)}
-    with open(staging / MANIFEST, "xb") as file:
-        ChecksumWriter(file).write(json.dumps(manifest, sort_keys=True).encode())
-        _flush(file)
+        _write(staging / name, write)
+        manifest[name] = {"new": _stamp(staging / name), "old": _stamp(directory / name)}
+    text = json.dumps(manifest, sort_keys=True).encode()
+    _write(staging / MANIFEST, lambda file: file.write(text))
     _flush_directory(staging)
 
 
@@ -164,9 +146,11 @@ def _lock(directory: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _write(path: Path, write: Writer) -> None:
+    with open(path, "xb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _flush_directory(directory: Path) -> None:
@@ -265,32 +249,20 @@ def _disturbed(directory: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether the files beside an interrupted save are others than it put there, or found there."""
     waiting = _waiting(directory, manifest)
     for name, entry in manifest.items():
-        if not _is_stamped(directory / name, entry["old" if name in waiting else "new"]):
+        if _stamp(directory / name) != entry["old" if name in waiting else "new"]:
             return True
-        if name in waiting and not _is_stamped(directory / PENDING / name, entry["new"]):
+        if name in waiting and _stamp(directory / PENDING / name) != entry["new"]:
             return True
     return False
 
 
-def _is_stamped(path: Path, stamp: Stamp | None) -> bool:
-    try:
-        if stamp is not None and path.stat().st_size != stamp[0]:
-            return False
-    except FileNotFoundError:
-        return False
-    return _stamp(path) == stamp
-
-
 def _stamp(path: Path) -> Stamp | None:
-    """Size and checksum of a file; None if there is none."""
-    size = checksum = 0
+    """Size and time of a file; None if there is none."""
     try:
-        with open_regular(path) as file:
-            while block := file.read(_BLOCK):
-                size, checksum = size + len(block), zlib.crc32(block, checksum)
+        found = path.stat()
     except FileNotFoundError:
         return None
-    return [size, checksum]
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _same(file: BinaryIO, path: Path) -> bool:

@@ -19,7 +19,7 @@ from peftlite.checkpoint.tensorfile import TensorSource
 from peftlite.config import PeftConfig
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import state_of
-from peftlite.core.tree import base_model_of
+from peftlite.core.tree import base_model_of, layers
 from peftlite.errors import CheckpointError, ConfigError
 from peftlite.tuners.lora.config import LoraConfig
 from peftlite.tuners.lora.inits.table import beginning, started
@@ -82,17 +82,26 @@ def doubled(config: LoraConfig) -> LoraConfig:
 
 def initial_of(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """What is subtracted from an adapter, by the keys of `tensors`: zeros where nothing is; None if nothing at all."""
-    found: dict[str, Tensor] = {}
-    for spot in spots(base_model_of(model), name):
-        if isinstance(spot.module, AdapterLayer):
-            for slot in ("lora_A", "lora_B"):
-                factors: Any = spot.module._modules.get(slot) or {}
-                first = started(factors[name]) if name in factors else None
-                if first is not None:
-                    found[file_key(spot.path, f"{slot}.weight")] = first
-    if not found:
+    if not any(first_factors(layer, name) for layer in layers(model)):
         return None
+    found = {
+        file_key(spot.path, f"{slot}.weight"): first
+        for spot in spots(base_model_of(model), name)
+        if isinstance(spot.module, AdapterLayer)
+        for slot, first in first_factors(spot.module, name).items()
+    }
     return {key: found[key] if key in found else torch.zeros_like(tensor) for key, tensor in tensors.items()}
+
+
+def first_factors(layer: AdapterLayer, name: str) -> dict[str, Tensor]:
+    """What is subtracted from an adapter on one layer, by slot."""
+    found: dict[str, Tensor] = {}
+    for slot in ("lora_A", "lora_B"):
+        factors: Any = layer._modules.get(slot) or {}
+        first = started(factors[name]) if name in factors else None
+        if first is not None:
+            found[slot] = first
+    return found
 
 
 class Trained:
@@ -105,7 +114,7 @@ class Trained:
         self._source = source
         self._initial = {key: first for key, first in initial.items() if split_file_key(key, (*_A, *_B)) is not None}
         self.infos = {
-            key: replace(info, shape=tuple(self._initial[key].shape)) if key in self._initial else info
+            key: info._replace(shape=tuple(self._initial[key].shape)) if key in self._initial else info
             for key, info in source.infos.items()
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -44,7 +43,7 @@ class AsOnLayers:
                 continue
             form = partial(target.layer.tuner.file_form.read, config, path_of(key, target), target.suffix)
             self._forms[key] = form
-            infos[key] = dataclasses.replace(infos[key], shape=tuple(form(torch.empty(shape, device="meta")).shape))
+            infos[key] = infos[key]._replace(shape=tuple(form(torch.empty(shape, device="meta")).shape))
         self.infos: Mapping[str, TensorInfo] = infos
 
     def read(self, key: str) -> Tensor:

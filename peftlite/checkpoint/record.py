@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,16 +15,15 @@ from torch import nn
 
 from peftlite.checkpoint.keys import RECORD_NAME, shown
 from peftlite.checkpoint.report import LoadReport
-from peftlite.checkpoint.spots import is_companion, spots
+from peftlite.checkpoint.spots import is_companion, joined_path
 from peftlite.core.facts import facts_of
 from peftlite.core.found import host_at, innermost
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import InjectionPlan
-from peftlite.core.tree import NOTHING, base_model_of, layers
+from peftlite.core.tree import NOTHING, base_model_of, children, layers
 from peftlite.errors import CheckpointError, warn
 
 VERSION = 1
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 Adapted = dict[int, set["str | None"]]
 """id of a base module -> the parameters of it that an adapter is on; None for the module as a whole."""
@@ -75,21 +73,34 @@ def _record(base: nn.Module, adapted: Adapted, instead: Mapping[int, nn.Module] 
 
 def _shapes(base: nn.Module, adapted: Adapted, instead: Mapping[int, nn.Module]) -> Iterator[tuple[int, ...]]:
     """The canonical shapes of the layers of the same kinds: those whose paths differ in numbers alone."""
-    modules = [spot for spot in spots(base, "", instead=instead) if not isinstance(spot.module, AdapterLayer)]
+    modules = list(_kinds(base, instead))
     kinds: dict[str, set[str | None]] = {}
-    for spot in modules:
-        if id(spot.module) in adapted:
-            kinds.setdefault(_kind(spot.path), set()).update(adapted[id(spot.module)])
-    for spot in modules:
-        for param in kinds.get(_kind(spot.path), ()):
-            if param is None or param in spot.module._parameters:
-                host = host_at(spot.module, param)
+    for kind, module in modules:
+        if id(module) in adapted:
+            kinds.setdefault(kind, set()).update(adapted[id(module)])
+    for kind, module in modules:
+        for param in kinds.get(kind, ()):
+            if param is None or param in module._parameters:
+                host = host_at(module, param)
                 if host is not None:
                     yield host.shape
 
 
-def _kind(path: str) -> str:
-    return _NUMBER.sub("*", path)
+def _kinds(base: nn.Module, instead: Mapping[int, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """(path with `*` for numbers, module), each module of the base model once, under its first path."""
+    seen: set[int] = set()
+    stack = [("", base)]
+    while stack:
+        kind, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, AdapterLayer):
+            stack.append((kind, module.wrapped))
+            continue
+        yield kind, module
+        below = reversed(children(module, instead))
+        stack += [(joined_path(kind, "*" if name.isdecimal() else name), child) for name, child in below]
 
 
 # ---- of a file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -18,8 +18,7 @@ Strict = bool | Literal["shapes"]
 """Whether all of a load must fit. "shapes": only what is there must have the right shapes and kinds of dtype."""
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A tensor that an adapter (or, `required=False`, its base model) has a place for."""
 
     shape: tuple[int, ...]

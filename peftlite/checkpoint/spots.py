@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -15,8 +14,7 @@ from peftlite.core.tree import NOTHING, children
 from peftlite.core.variant import COMPANIONS, TunerSpec
 
 
-@dataclass(frozen=True)
-class Spot:
+class Spot(NamedTuple):
     """A module, by the path that it has in files of one adapter."""
 
     path: str
@@ -49,9 +47,9 @@ def spots(
             continue
         seen.add(id(spot.module))
         for site in coming.get(id(spot.module), ()):
-            yield dataclasses.replace(spot, site=site)
+            yield spot._replace(site=site)
             path = joined_path(spot.path, base_in_files(site.tuner))
-            spot = dataclasses.replace(spot, path=path, adapted=adapts(site.tuner))
+            spot = spot._replace(path=path, adapted=adapts(site.tuner))
         module = spot.module
         if isinstance(module, AdapterLayer):
             holds = name in module.variants or id(module) in joined

@@ -22,8 +22,8 @@ from peftlite.checkpoint.targets import (
     SharedTarget,
     Target,
     Targets,
-    is_table,
     live_targets,
+    tables_of,
 )
 from peftlite.checkpoint.tensorfile import MemoryTensors, TensorSource
 from peftlite.core.facts import ModelFacts, facts_of
@@ -101,8 +101,9 @@ def adapter_tensors(
     state = state_of(model)
     state.checked(name)
     config, base = state.configs[name], base_model_of(model)
-    targets = live_targets(base, name, config)
-    tables = saved_tables(base, name, config, save_embedding_layers)
+    walked = list(spots(base, name))
+    targets = live_targets(base, name, config, walked)
+    tables = saved_tables(base, walked, config, save_embedding_layers)
     chosen: dict[str, Tensor] = {}
     for key, target in targets.places.items():
         if isinstance(target, LayerTarget | SharedTarget):
@@ -110,15 +111,15 @@ def adapter_tensors(
         elif isinstance(target, BaseTarget) and (target.wanted.required or id(target.module) in tables):
             chosen[key] = target.own
     if bias_of(config) == "all":
-        chosen.update(second_copies(base, name))
+        chosen.update(second_copies(walked, name))
     if state_dict is not None:
         chosen = taken_from(state_dict, model, chosen)
     return as_in_files({key: tensor.detach() for key, tensor in chosen.items()}, targets, state.memory.get(name))
 
 
-def second_copies(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+def second_copies(walked: Iterable[Spot], name: str) -> Iterator[tuple[str, Tensor]]:
     """Biases of modules that are trained whole, once more: PEFT writes them so, and expects no key less."""
-    for spot in spots(base, name):
+    for spot in walked:
         layer = spot.module
         if isinstance(layer, AdapterLayer) and is_whole(layer.tuner):
             for suffix, tensor in layer.tensors(name).items():
@@ -126,12 +127,13 @@ def second_copies(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
                     yield file_key(f"{spot.path}.{layer.tuner.slots[0].name}", suffix), tensor
 
 
-def saved_tables(base: nn.Module, name: str, config: Any, choice: bool | str) -> set[int]:
+def saved_tables(base: nn.Module, walked: Iterable[Spot], config: Any, choice: bool | str) -> set[int]:
     """The embeddings of the base model whose own tensors belong into the file, by id."""
     if choice is False:
         return set()
     facts = facts_of(base)
-    tables = [spot for spot in spots(base, name) if is_table(spot.module, facts)]
+    known = tables_of(facts)
+    tables = [spot for spot in walked if id(spot.module) in known]
     adapted = [spot for spot in tables if spot.adapted]
     if any(_name_of(spot) in TABLES for spot in adapted):
         return {id(spot.module) for spot in adapted}

@@ -9,7 +9,7 @@ what else was there when it was written.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -77,13 +77,9 @@ def _wanted(tensor: Tensor, rank: int | None = None, rows: int | None = None, re
     return Wanted(tuple(tensor.shape), tensor.dtype, required, rank, rows)
 
 
-def is_table(module: nn.Module, facts: ModelFacts) -> bool:
-    """Whether a base module has one row per token."""
-    return any(innermost(table) is module for table in facts.embeddings)
-
-
-def _rows(module: nn.Module, facts: ModelFacts) -> int | None:
-    return facts.vocab_size if is_table(module, facts) else None
+def tables_of(facts: ModelFacts) -> dict[int, int | None]:
+    """By id, the base modules that have one row per token, and how many those are."""
+    return {id(innermost(table)): facts.vocab_size for table in facts.embeddings}
 
 
 def _or_cpu(device: torch.device) -> torch.device:
@@ -98,7 +94,7 @@ def _copy(tensor: Tensor, new: Tensor) -> None:
 # ---- an adapter that the model has
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LayerTarget(Target):
     """A tensor on an adapter layer: written in place, so that optimisers keep their hold of it.
 
@@ -150,8 +146,11 @@ class SharedTarget(Target):
             _copy(self.tensor, new)
 
 
-def live_targets(model: nn.Module, name: str, config: Any) -> Targets:
-    """The places in the adapter `name` of a model."""
+def live_targets(model: nn.Module, name: str, config: Any, walked: Iterable[Spot] | None = None) -> Targets:
+    """The places in the adapter `name` of a model.
+
+    walked: its spots, if they are known.
+    """
     base, found = base_model_of(model), Targets()
     state = find_state(base)
     for slot, container in state.shared.items() if state is not None else ():
@@ -160,27 +159,28 @@ def live_targets(model: nn.Module, name: str, config: Any) -> Targets:
             found.ignored.add(key)
             if container.in_files(name):
                 found.places[key] = SharedTarget(container, name, tensor, _wanted(tensor))
-    facts = facts_of(base)
-    for spot in spots(base, name):
+    bias, tables = bias_of(config), tables_of(facts_of(base))
+    for spot in spots(base, name) if walked is None else walked:
         layer = spot.module
         if isinstance(layer, AdapterLayer):
             found.slots.update(slot.name for slot in layer.tuner.slots)
             if name in layer.leaders and not layer.tuner.followers_in_files:
                 continue
             rank = layer.__dict__["r"].get(name) if "r" in layer.tuner.numbers else None
+            rows = tables.get(id(layer.get_base_layer()))
             for suffix, tensor in layer.tensors(name).items():
-                wanted = _wanted(tensor, rank, _rows(layer.get_base_layer(), facts))
+                wanted = _wanted(tensor, rank, rows)
                 found.places[file_key(spot.path, suffix)] = LayerTarget(layer, name, suffix, tensor, wanted)
                 found.ignored.update(_second_copies(spot.path, suffix, layer.tuner))
         else:
-            found.places.update(base_targets(spot, config, facts))
+            found.places.update(base_targets(spot, bias, tables))
     return found
 
 
 # ---- an adapter that a plan would add
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SiteTarget(Target):
     """A tensor of a blueprint."""
 
@@ -232,15 +232,15 @@ class Blueprint:
             if self.planned.saves_shared:
                 place = self.place(self.planned.sites[0])
                 found.places[key] = SiteTarget(self.filled_shared, slot, _wanted(tensor), place)
-        facts = facts_of(base)
+        bias, tables = bias_of(self.planned.config), tables_of(facts_of(base))
         joined = {id(site.layer): site for site in self.planned.sites}
         indices = {id(site): index for index, site in enumerate(self.planned.sites)}
         for spot in spots(base, self.planned.adapter_name, self.planned):
             site = spot.site or joined.get(id(spot.module))
             if site is None:
-                found.places.update(base_targets(spot, self.planned.config, facts))
+                found.places.update(base_targets(spot, bias, tables))
             else:
-                self._add(found, spot.path, indices[id(site)], _rows(innermost(site.module), facts))
+                self._add(found, spot.path, indices[id(site)], tables.get(id(innermost(site.module))))
         return found
 
     def _add(self, found: Targets, path: str, index: int, rows: int | None) -> None:
@@ -369,11 +369,13 @@ class BaseTarget(Target):
             _copy(self.live, new)
 
 
-def base_targets(spot: Spot, config: Any, facts: ModelFacts) -> Iterator[tuple[str, BaseTarget]]:
+def base_targets(spot: Spot, bias: str, tables: Mapping[int, int | None]) -> Iterator[tuple[str, BaseTarget]]:
     """By file key: the module's biases that the config trains, which are required, and those that a file may have."""
-    bias, rows = bias_of(config), _rows(spot.module, facts)
+    if bias == "none" and id(spot.module) not in tables:
+        return
+    rows = tables.get(id(spot.module))
     replaced = spot.around is not None and is_whole(spot.around.tuner)
-    saved = is_table(spot.module, facts) and not replaced
+    saved = id(spot.module) in tables and not replaced
     for name, tensor in own_tensors(spot.module):
         trained = is_bias(name) and (bias == "all" or (bias == "lora_only" and spot.adapted))
         if trained or saved:

@@ -15,8 +15,7 @@ import math
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -60,8 +59,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _RANK = {code: rank for rank, code in enumerate(_DTYPES)}
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """What a file says about one of its tensors; `begin` and `end` count bytes from the end of the header."""
 
     dtype: torch.dtype
@@ -178,7 +176,7 @@ class SafetensorsFile:
         Raises: CheckpointError if the file was cut off since its header was read.
         """
         info = self.infos[key]
-        return _shaped(self._read(info.begin, info.end, shown(key)), info)
+        return _shaped(self._read(info.begin, info.end, key), info)
 
     def read_all(self) -> dict[str, Tensor]:
         """All tensors at once, in one piece of memory that they share, to be looked at and copied from.
@@ -186,17 +184,17 @@ class SafetensorsFile:
         Raises: CheckpointError if the file was cut off since its header was read.
         """
         end = max((info.end for info in self.infos.values()), default=0)
-        data = self._read(0, end, "the last tensor")
+        data = self._read(0, end, next(reversed(self.infos), ""))
         return {key: _shaped(data[info.begin : info.end], info) for key, info in self.infos.items()}
 
-    def _read(self, begin: int, end: int, what: str) -> Tensor:
+    def _read(self, begin: int, end: int, key: str) -> Tensor:
         flat = torch.empty(end - begin, dtype=torch.uint8)
         self._file.seek(self._start + begin)
         view = _bytes(flat)
         while view:
             count = self._file.readinto(view[:_CHUNK])  # type: ignore[attr-defined]
             if not count:
-                raise self._error(f"{what} was cut off while it was read")
+                raise self._error(f"{shown(key)} was cut off while it was read")
             view = view[count:]
         return flat
 

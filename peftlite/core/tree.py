@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 from torch import nn
 
@@ -30,8 +29,7 @@ def base_model_of(model: nn.Module) -> nn.Module:
     return base_model_of(model.inner()) if isinstance(model, Shell) else model
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a module is: an attribute of its parent. One module may be in several places."""
 
     path: str

@@ -295,7 +295,8 @@ def product(host: Host, A: Tensor, B: Tensor, rows: slice) -> Tensor:
 def uniform(shape: tuple[int, ...], fan_in: int, at: Placement) -> Tensor:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initialisation of `nn.Linear`."""
     bound = 1 / math.sqrt(fan_in)
-    return torch.empty(shape, dtype=at.dtype, device=at.device).uniform_(-bound, bound)
+    made = torch.empty(shape, dtype=at.dtype, device=at.device)
+    return made if made.is_meta else made.uniform_(-bound, bound)  # torch takes its time to draw nothing
 
 
 def zeros(shape: tuple[int, ...], at: Placement) -> Tensor:
