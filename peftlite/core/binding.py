@@ -21,11 +21,16 @@ _MAX_PLANS = 256  # sets of adapters for which every layer's program is kept
 _MAX_BANKS = 64
 
 
-def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
-    """Make `names` the active adapters of the whole model; overrides set on single layers end."""
+def activate(
+    model: nn.Module, state: AdapterState, names: tuple[str, ...], found: Sequence[AdapterLayer] | None = None
+) -> None:
+    """Make `names` the active adapters of the whole model; overrides set on single layers end.
+
+    found: the model's layers, if they are known.
+    """
     touched = {*state.active, *names}
     state.change(active=names)
-    found = list(layers(model))
+    found = list(layers(model)) if found is None else found
     for layer in found:
         if layer.irregular:
             touched.update(layer.variants)

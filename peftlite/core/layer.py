@@ -17,6 +17,7 @@ from peftlite.core.slots import (
     BufferSlot,
     Numbers,
     ParameterSlot,
+    Slot,
     SlotContainer,
     View,
     parameters_in,
@@ -39,6 +40,9 @@ class AdapterLayer(TiedLayer):
     has for this layer. The adapters' maths lives in their variants, the base layer's in its host.
     """
 
+    used: tuple[Slot, ...]
+    """The slots in which any adapter ever had something here."""
+
     def __init__(self, base_layer: nn.Module, tuner: TunerSpec, state: AdapterState, param: str | None = None) -> None:
         super().__init__()
         self._modules[tuner.base_slot] = base_layer
@@ -54,6 +58,7 @@ class AdapterLayer(TiedLayer):
             state=state,
             param=param,
             place=state.new_place(),
+            used=(),
             variants={},
             merged_adapters=[],
             shared_weight=False,
@@ -122,6 +127,8 @@ class AdapterLayer(TiedLayer):
                 continue
             container = self.container(key)
             container[name] = value
+            if all(slot.name != key for slot in self.used):
+                put(self.__dict__, "used", tuple(s for s in self.tuner.slots if s in self.used or s.name == key))
             if isinstance(container, BufferSlot) and any(slot.derived for slot in self.tuner.slots if slot.name == key):
                 container.leave_out(name)
             if isinstance(value, nn.Module):
@@ -136,7 +143,7 @@ class AdapterLayer(TiedLayer):
             self.set_merged([n for n in self.merged_adapters if n != name])
         self.untie(name)
         drop(self.variants, name)
-        for slot in self.tuner.slots:
+        for slot in self.used:
             container = self.container(slot.name)
             if name in container:
                 del container[name]
@@ -149,12 +156,15 @@ class AdapterLayer(TiedLayer):
 
     def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
         """The trainable parameters of one adapter on this layer."""
-        for slot in self.tuner.slots:
-            container = self.container(slot.name)
-            if slot.trainable and name in container and slot.name not in self.variants[name].frozen:
-                yield from parameters_in(container[name])
+        found: list[nn.Parameter] = []
+        containers: Any = self._modules
+        for slot in self.used:
+            held = containers[slot.name].held
+            if slot.trainable and name in held and slot.name not in self.variants[name].frozen:
+                found += parameters_in(held[name])
         if name in self.leaders:
-            yield from self.leaders[name].parameters_of(name)
+            found += self.leaders[name].parameters_of(name)
+        return iter(found)
 
     def follow(self, name: str, variant: Variant, leader: AdapterLayer) -> None:
         """Attach an adapter that another layer on the same weight has."""
@@ -165,7 +175,7 @@ class AdapterLayer(TiedLayer):
     def tensors(self, name: str) -> dict[str, Tensor]:
         """File suffix -> live tensor of one adapter, such as {"lora_A.weight": ..., "lora_B.weight": ...}."""
         found: dict[str, Tensor] = {}
-        for slot in self.tuner.slots:
+        for slot in self.used:
             container = self.container(slot.name)
             if name in container:
                 found.update((suffix, tensor) for suffix, _, tensor in slot.suffixes(container[name]))
@@ -174,7 +184,7 @@ class AdapterLayer(TiedLayer):
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """File suffix -> key in this layer's state dict, of one adapter."""
         found = {}
-        for slot in self.tuner.slots:
+        for slot in self.used:
             container = self.container(slot.name)
             for suffix, attribute, _ in slot.suffixes(container[adapter_name]) if adapter_name in container else ():
                 found[suffix] = f"{slot.name}.{adapter_name}.{attribute}".rstrip(".")
@@ -223,7 +233,7 @@ class AdapterLayer(TiedLayer):
         if leader is not None and (there := self.variants[name].led(self.host, leader.host, suffix)) is not None:
             leader.assign(name, there[0], tensor.T.contiguous() if there[1] else tensor)
             return
-        for slot in self.tuner.slots:
+        for slot in self.used:
             container = self.container(slot.name)
             if name not in container:
                 continue
@@ -268,9 +278,10 @@ class AdapterLayer(TiedLayer):
         live = self.live(names)
         call: Program = self.wrapped
         for name in live:
-            call = partial(self.variants[name].forward, View(self, name), call)
+            view = View(self, name)
+            call = partial(self.variants[name].forward, view, call)
         call = partial(self._near, call) if live else call
-        fast = self.variants[live[0]].bind(View(self, live[0]), call) if len(live) == 1 else None
+        fast = self.variants[live[0]].bind(view, call) if len(live) == 1 else None
         return fast or call
 
     def bank(self, names: Sequence[str]) -> Bank | None:
@@ -357,7 +368,7 @@ class AdapterLayer(TiedLayer):
         if self._own_active is not None or self._own_enabled is not None:
             keep(self.__dict__, "_own_active", "_own_enabled")
             self.__dict__.update(_own_active=None, _own_enabled=None)
-        self.unbind()
+            self.unbind()
 
     @property
     def irregular(self) -> bool:

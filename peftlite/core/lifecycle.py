@@ -24,7 +24,7 @@ from peftlite.core.slots import View
 from peftlite.core.state import BASE, AdapterState, bias_of
 from peftlite.core.ties import note_shared, untied, warn_of_untying
 from peftlite.core.transaction import atomic, on_failure, put, restoring
-from peftlite.core.tree import base_model_of, check_one_state, find_state, layer_places, layers, named_layers
+from peftlite.core.tree import base_model_of, check_one_state, layer_places, layers, named_layers
 from peftlite.core.unpacking import unpack
 from peftlite.errors import MergeError, NoAdapterError, StateError, warn
 
@@ -34,14 +34,22 @@ def state_of(model: nn.Module) -> AdapterState:
 
     Raises: NoAdapterError if it has none.
     """
-    state = find_state(model)
-    if state is None:
+    return adapted(model)[0]
+
+
+def adapted(model: nn.Module) -> tuple[AdapterState, list[AdapterLayer]]:
+    """The same, and the layers that were walked over to find it.
+
+    Raises: NoAdapterError.
+    """
+    found = list(layers(model))
+    if not found:
         raise NoAdapterError(
             f"{type(model).__name__} has no adapters: add one with `get_peft_model`, `add_adapter` or "
             "`inject_adapter_in_model`. Nothing was changed."
         )
-    check_one_state(model)
-    return state
+    check_one_state(model, found)
+    return found[0].state, found
 
 
 def active_adapters(model: nn.Module) -> list[str]:
@@ -67,13 +75,13 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
 
     Raises: AdapterNameError, StateError, NoAdapterError.
     """
-    state = state_of(model)
+    state, found = adapted(model)
     names = state.checked(adapter_name)
     check_exclusive(model, names)
-    remerge(model, lambda layer: [n for n in layer.merged_adapters if n in names])
+    remerge(found, lambda layer: [n for n in layer.merged_adapters if n in names])
     if inference_mode:
         state.change(trainable=state.trainable - frozenset(names))
-    activate(model, state, names)
+    activate(model, state, names, found)
 
 
 @atomic
@@ -264,14 +272,16 @@ def unmerge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None
 
 @atomic
 def remerge(
-    model: nn.Module, wanted: Callable[[AdapterLayer], list[str]], undo: Undo | Literal["same"] = SAME
+    model: nn.Module | Sequence[AdapterLayer],
+    wanted: Callable[[AdapterLayer], list[str]],
+    undo: Undo | Literal["same"] = SAME,
 ) -> set[AdapterLayer]:
     """Make every layer hold the merged adapters that `wanted` says, all or (but with None for `undo`) none.
 
     Gives the layers that changed.
     """
-    found = ((layer, list(layer.merged_adapters), wanted(layer)) for layer in layers(model))
-    steps = [step for step in found if step[1] or step[2]]
+    found = layers(model) if isinstance(model, nn.Module) else model
+    steps = [step for layer in found if (step := (layer, list(layer.merged_adapters), wanted(layer)))[1] or step[2]]
     steps.sort(key=lambda step: bool(step[0].leaders))  # leaders first
     for layer, _, after in steps:
         layer.check_kept(after)

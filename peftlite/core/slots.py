@@ -20,6 +20,11 @@ from peftlite.core.transaction import drop, keep, on_failure, put
 class ModuleSlot(nn.ModuleDict):
     """An `nn.ModuleDict` that takes any adapter name, also those of its own methods ("train", "type")."""
 
+    @property
+    def held(self) -> dict[str, Any]:
+        """What it has, by adapter."""
+        return self._modules
+
     def _get_name(self) -> str:
         return "ModuleDict"
 
@@ -54,6 +59,11 @@ class ParameterSlot(nn.ParameterDict):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "on_write"}
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """What it has, by adapter."""
+        return self._parameters
 
     def _get_name(self) -> str:
         return "ParameterDict"
@@ -95,6 +105,11 @@ class ParameterSlot(nn.ParameterDict):
 
 class BufferSlot(nn.Module):
     """Frozen tensors by adapter name; their state-dict keys are `<slot>.<adapter>`."""
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """What it has, by adapter."""
+        return self._buffers
 
     def _get_name(self) -> str:
         return "BufferDict"
@@ -218,16 +233,14 @@ class View:
     def __init__(self, layer: Any, name: str) -> None:
         self.layer = layer
         self.name = name
-        for slot in layer.tuner.slots:
-            if slot.kind is ModuleSlot and name in layer._modules[slot.name]:
-                setattr(self, slot.name, layer._modules[slot.name]._modules[name])
+        self.bound: dict[str, Any] = {}
+        modules, own = layer._modules, self.__dict__
+        for slot in layer.used:
+            held = modules[slot.name].held
+            if name in held:
+                (own if slot.kind is ModuleSlot else self.bound)[slot.name] = held[name]
         for number in layer.tuner.numbers:
-            setattr(self, number, layer.__dict__[number].get(name))
-        self.bound: dict[str, Any] = {
-            slot.name: layer._modules[slot.name][name]
-            for slot in layer.tuner.slots
-            if slot.kind is not ModuleSlot and name in layer._modules[slot.name]
-        }
+            own[number] = layer.__dict__[number].get(name)
 
     def __getattr__(self, slot: str) -> Any:
         if slot.startswith("__"):
@@ -247,12 +260,11 @@ def build_linear(in_features: int, out_features: int, weight: Tensor, bias: Tens
     return linear
 
 
-def parameters_in(value: SlotValue | None) -> Iterator[nn.Parameter]:
+def parameters_in(value: SlotValue | None) -> Iterable[nn.Parameter]:
     """The parameters of one slot value (a module, a parameter, or nothing)."""
     if isinstance(value, nn.Module):
-        yield from value.parameters() if value._modules else [p for p in value._parameters.values() if p is not None]
-    elif isinstance(value, nn.Parameter):
-        yield value
+        return value.parameters() if value._modules else [p for p in value._parameters.values() if p is not None]
+    return (value,) if isinstance(value, nn.Parameter) else ()
 
 
 def replace_tensor(container: SlotContainer, name: str, attribute: str, tensor: Tensor) -> None:

@@ -14,13 +14,15 @@ from peftlite.core.transaction import drop, keep, on_failure, put
 from peftlite.errors import AdapterNameError, ConfigError, nearest
 
 BASE = "__base__"
+Turned = list[tuple[nn.Parameter, bool]]
+"""Parameters whose `requires_grad` was written, and what it became."""
 
 
 class Owner(Protocol):
     """What the state needs of a layer in order to set `requires_grad` there."""
 
     @property
-    def active_adapters(self) -> list[str]: ...
+    def _own_active(self) -> tuple[str, ...] | None: ...
 
     def parameters_of(self, name: str) -> Iterator[nn.Parameter]: ...
 
@@ -113,15 +115,15 @@ class AdapterState:
         self, layers: Iterable[Owner], names: Iterable[str], biases: Iterable[tuple[str, nn.Parameter]] = ()
     ) -> None:
         """Write `requires_grad` for the adapters `names` on `layers`, and for base biases owned by an adapter."""
-        names = tuple(names)
+        usual = [(name, self.wants_grad(name)) for name in names]
+        turned: Turned = []
+        on_failure(partial(_turn_back, turned))
         for layer in layers:
-            active = layer.active_adapters
-            for name in names:
-                wanted = self.wants_grad(name, active)
-                for parameter in layer.parameters_of(name):
-                    flag(parameter, wanted)
+            own = layer._own_active
+            for name, wanted in usual if own is None else [(name, self.wants_grad(name, own)) for name, _ in usual]:
+                flag(layer.parameters_of(name), wanted, turned)
         for owner, parameter in biases:
-            flag(parameter, self.wants_grad(owner))
+            flag((parameter,), self.wants_grad(owner), turned)
 
 
 def check_adapter_name(name: str, taken: Sequence[str] | Iterable[str] = ()) -> None:
@@ -144,15 +146,22 @@ def check_adapter_name(name: str, taken: Sequence[str] | Iterable[str] = ()) -> 
 
 def freeze(model: nn.Module) -> None:
     """The base model stops training: what happens once, before the first adapter is added."""
-    for parameter in model.parameters():
-        flag(parameter, False)
+    turned: Turned = []
+    on_failure(partial(_turn_back, turned))
+    flag(model.parameters(), False, turned)
 
 
-def flag(parameter: nn.Parameter, wanted: bool) -> None:
-    """Write `requires_grad`, to be taken back."""
-    if parameter.requires_grad is not wanted:
-        on_failure(partial(parameter.requires_grad_, not wanted))
-        parameter.requires_grad_(wanted)
+def flag(parameters: Iterable[nn.Parameter], wanted: bool, turned: Turned) -> None:
+    """Write `requires_grad`, and note those where it was another, to be taken back."""
+    for parameter in parameters:
+        if parameter.requires_grad is not wanted:
+            turned.append((parameter, wanted))
+            parameter.requires_grad_(wanted)
+
+
+def _turn_back(turned: Turned) -> None:
+    for parameter, wanted in reversed(turned):
+        parameter.requires_grad_(not wanted)
 
 
 def check_bias_owner(state: AdapterState, config: PeftConfig) -> None:

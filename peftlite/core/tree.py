@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -108,12 +108,14 @@ def find_state(model: nn.Module) -> AdapterState | None:
     return first.state
 
 
-def check_one_state(model: nn.Module) -> None:
+def check_one_state(model: nn.Module, found: Sequence[AdapterLayer] | None = None) -> None:
     """Refuse to treat as one a model whose parts were given adapters apart from each other.
+
+    found: the model's layers, if they are known.
 
     Raises: StateError.
     """
-    if len({id(layer.state) for layer in layers(model)}) > 1:
+    if len({id(layer.state) for layer in (layers(model) if found is None else found)}) > 1:
         owners: dict[int, str] = {}
         for path, layer in named_layers(model):
             owners.setdefault(id(layer.state), path)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import peftlite
-from peftlite.core.tree import places
+from peftlite.core.layer import AdapterLayer
+from peftlite.core.tree import layers, places
 
 
 class Mlp(nn.Module):
@@ -135,3 +136,40 @@ def test_eval_mode_is_asked_of_modules_that_have_a_way_of_their_own(tmp_path: Pa
     model.load_adapter(tmp_path, "new")
     assert Own.asked == [False]
     assert not any(module.training for module in model.modules())
+
+
+def test_switching_walks_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, walks = crowd(3), []
+
+    def counted(model: nn.Module) -> Any:
+        walks.append(model)
+        return layers(model)
+
+    for place in ("lifecycle", "binding", "tree"):
+        monkeypatch.setattr(f"peftlite.core.{place}.layers", counted)
+    model.set_adapter("n1")
+    assert len(walks) == 1
+
+
+def test_switching_back_makes_no_program_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, made, found = crowd(3), torch.randn(2, 16), [], {}
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    for name in ("n1", "n2"):
+        model.set_adapter(name)
+        found[name] = model(x)
+
+    def counted(self: AdapterLayer, names: Any) -> Any:
+        made.append(names)
+        return program(self, names)
+
+    program = AdapterLayer.program
+    monkeypatch.setattr(AdapterLayer, "program", counted)
+    model.set_adapter("n1")
+    assert torch.equal(model(x), found["n1"])
+    with peftlite.use_adapter(model, "n2"):
+        assert torch.equal(model(x), found["n2"])
+    assert not made
+    model.base_model.model.lin0.scaling["n1"] = 3.0
+    model.set_adapter("n1")
+    assert made

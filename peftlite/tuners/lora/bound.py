@@ -10,8 +10,8 @@ instance, subclasses of modules or tensors, autocast, functorch transforms, a ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
-from operator import contains
+from itertools import chain, repeat
+from operator import contains, itemgetter
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from peftlite.tuners.lora.passes import Saved, add_product, gradients, low_of
 
 _SMALL = 1 << 17  # elements of x below which a Function in Python costs more than dropout by plain autograd
 
+_hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
@@ -87,7 +88,7 @@ def suits(a: View) -> bool:
         return False
     if isinstance(a.scaling, Tensor):  # data, so that hotswapping needs no compilation: never read on the host
         return False
-    return "bias" not in dict(a.lora_B.named_parameters()) and type(a.lora_dropout) in (nn.Dropout, nn.Identity)
+    return a.lora_B._parameters["bias"] is None and type(a.lora_dropout) in (nn.Dropout, nn.Identity)
 
 
 def globally_hooked() -> bool:
@@ -99,12 +100,8 @@ class Parts:
     """Modules whose formula may be used in place of calling them, as long as nobody has put anything in the way."""
 
     def __init__(self, *modules: nn.Module) -> None:
-        self.own = tuple(module.__dict__ for module in modules)
-        self.hooks = tuple(
-            hooks
-            for part in modules
-            for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-        )
+        self.own = tuple([module.__dict__ for module in modules])
+        self.hooks = tuple(chain.from_iterable(map(_hooks, self.own)))
 
     def touched(self) -> bool:
         """Whether a module has a hook, or a `forward` patched onto it."""
@@ -116,18 +113,14 @@ class BoundLinear:
 
     def __init__(self, a: View, slow: Program) -> None:
         base: nn.Module = a.layer.wrapped
-        parts = (base, a.lora_A, a.lora_B, a.lora_dropout)
+        down, up, drop = a.lora_A, a.lora_B, a.lora_dropout
         self.slow = slow
         self.base = base
-        self.pw, self.pa, self.pb = (part._parameters for part in parts[:3])
+        self.pw, self.pa, self.pb = base._parameters, down._parameters, up._parameters
         self.s: float = a.scaling
-        self.dropout = a.lora_dropout if type(a.lora_dropout) is nn.Dropout else None
-        self.own = tuple(part.__dict__ for part in parts)
-        self.hooks = tuple(
-            hooks
-            for part in parts
-            for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-        )
+        self.dropout = drop if type(drop) is nn.Dropout else None
+        parts = Parts(base, down, up, drop)
+        self.own, self.hooks = parts.own, parts.hooks
         self.turned: tuple[int, Tensor | None] = (0, None)
 
     def plain(self, W: Any, A: Any, B: Any) -> bool:
