@@ -103,8 +103,8 @@ class LoKr(Lycoris):
             return super().delta_forward(a, x)
         W1, W2 = factors(a)
         X = x.to(W1.dtype).reshape(*x.shape[:-1], W1.shape[1], W2.shape[1])
-        y: Tensor = (W1 @ F.linear(X, W2)).flatten(-2) * a.scaling  # (l, m) @ (..., m, k) -> (..., l, k)
-        return y
+        y = torch.einsum("lm,...mk->...lk", W1, F.linear(X, W2))  # matmul's bits would depend on who requires gradients
+        return y.flatten(-2) * a.scaling
 
     def rescaled(self, a: View, kept: Tensor) -> Tensor:
         return super().rescaled(a, kept) if a.rank_dropout_scale else kept

@@ -179,7 +179,7 @@ def test_03_an_exception_leaves_hooks_behind() -> None:
         off[lib.__name__] = [
             float((row - wanted).abs().max()) for row, wanted in zip(logits(model), right, strict=True)
         ]
-    assert off["peft"][0] == 0
+    assert off["peft"][0] < 1e-5  # not 0: its rows are multiplied in groups
     assert off["peft"][1] > 0.1
     assert off["peftlite"] == [0, 0]
 
