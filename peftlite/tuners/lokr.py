@@ -103,8 +103,9 @@ class LoKr(Lycoris):
             return super().delta_forward(a, x)
         W1, W2 = factors(a)
         X = x.to(W1.dtype).reshape(*x.shape[:-1], W1.shape[1], W2.shape[1])
-        y = torch.einsum("lm,...mk->...lk", W1, F.linear(X, W2))  # matmul's bits would depend on who requires gradients
-        return y.flatten(-2) * a.scaling
+        Y = F.linear(X, W2)  # (..., m, k)
+        y: Tensor = torch.einsum("lm,...mk->...lk", W1, Y)  # the bits of `@` depend on which of both requires gradients
+        return y.flatten(-2) * float(a.scaling)
 
     def rescaled(self, a: View, kept: Tensor) -> Tensor:
         return super().rescaled(a, kept) if a.rank_dropout_scale else kept
