@@ -254,7 +254,7 @@ class AdapterLayer(TiedLayer):
         call = current()
         if call is not None and (call := call.of(self.state)) is not None:
             return call.run(self, args, kwargs)
-        return self.bound(*args, **kwargs)
+        return (self._program or self._bind())(*args, **kwargs)
 
     def stand_in(self) -> nn.Module | None:
         """The module that an adapter in use, for all rows, has put in the base layer's place: what shows attributes."""

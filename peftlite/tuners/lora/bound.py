@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
+from peftlite.tuners.lora.blocks import is_large
 from peftlite.tuners.lora.masks import drawn, kept
 from peftlite.tuners.lora.passes import Saved, add_product, gradients, low_of
 
-_SMALL = 1 << 17  # elements of x below which a Function in Python costs more than dropout by plain autograd
+_SMALL = 1 << 17  # elements of x below which a Function in Python costs more than it saves
 
 _hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (
@@ -108,6 +111,16 @@ class Parts:
         return any(self.hooks) or any(map(contains, self.own, repeat("forward")))
 
 
+Views = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A, B, A^T and B^T without gradients: views, which see every write to the parameters; copies would not."""
+
+
+def views_of(A: Tensor, B: Tensor) -> Views:
+    """For as long as both parameters are what they are set to now."""
+    a, b = A.detach(), B.detach()
+    return a, b, a.t(), b.t()
+
+
 class BoundLinear:
     """A program (see `Variant.bind`). Holds the modules' `_parameters`, so that `.to()` and assign-loading are seen."""
 
@@ -120,59 +133,59 @@ class BoundLinear:
         self.s: float = a.scaling
         self.dropout = drop if type(drop) is nn.Dropout else None
         parts = Parts(base, down, up, drop)
-        self.own, self.hooks = parts.own, parts.hooks
-        self.turned: tuple[int, Tensor | None] = (0, None)
+        self.own, self.hooks = parts.own, (*parts.hooks, *_GLOBAL_HOOKS)
+        self.views: Views | None = None
 
-    def plain(self, W: Any, A: Any, B: Any) -> bool:
-        """Whether nothing stands between the modules' calls and their formulas."""
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        W, A, B = self.pw.get("weight"), self.pa.get("weight"), self.pb.get("weight")
         base, down, up, drop = self.own
-        return not (
+        if (
             any(self.hooks)
-            or any(_GLOBAL_HOOKS)
             or "forward" in base
             or "forward" in down
             or "forward" in up
             or "forward" in drop
             or not (type(W) is type(A) is type(B) is nn.Parameter)
             or type(self.base) is not nn.Linear
-            or torch._C._is_any_autocast_enabled()
-        )
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        W, A, B = self.pw.get("weight"), self.pa.get("weight"), self.pb.get("weight")
-        if args or kwargs or W is None or A is None or B is None or not self.plain(W, A, B):
+            or _is_any_autocast_enabled()
+            or args
+            or kwargs
+        ):
             return self.slow(x, *args, **kwargs)
-        bias = self.pw["bias"]
-        dropout = self.dropout
+        bias, dropout = self.pw["bias"], self.dropout
         p = dropout.p if dropout is not None and dropout.training else 0.0
-        if torch.compiler.is_compiling():
-            return self.traced(x, W, bias, A, B, p)
-        wanted = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad or W.requires_grad)
-        if not (p or wanted or torch._C._are_functorch_transforms_active()):
-            return self.infer(x, W, bias, A, B)
-        # with dropout, nothing here depends on `wanted`: a recomputation with gradients must draw the same mask
-        small = p and (x.numel() < _SMALL or p >= 1)
-        if W.requires_grad or torch._C._are_functorch_transforms_active() or small:
-            return self.slow(x)
-        return FusedLora.apply(x, W, bias, A, B, self.s, p)  # type: ignore[no-untyped-call]
-
-    def infer(self, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-        """The adapted layer without gradients. A view of B is kept, which sees every write to B; a copy would not."""
-        place, Bt = self.turned  # one tuple, read once: threads share this object
-        if Bt is None or place != B.data_ptr():
-            Bt = B.detach().t()
-            self.turned = (B.data_ptr(), Bt)
+        wanted = is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad or W.requires_grad)
+        by_torch = is_compiling() or _are_functorch_transforms_active()
+        if p or wanted or by_torch:
+            # with dropout, nothing here depends on `wanted`: a recomputation with gradients must draw the same mask
+            if by_torch or W.requires_grad or p >= 1 or x.numel() < _SMALL:
+                return self.formula(x, W, bias, A, B, p)
+            return FusedLora.apply(x, W, bias, A, B, self.s, p)  # type: ignore[no-untyped-call]
+        views = self.views  # one tuple, read once: threads share this object
+        if views is None or not (A.is_set_to(views[0]) and B.is_set_to(views[1])):
+            views = self.views = views_of(A, B)
         shape = x.shape
         flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         y = F.linear(flat, W, bias)
-        if A.dtype == y.dtype:
-            y.addmm_(F.linear(flat, A), Bt, alpha=self.s)
+        if A.dtype is y.dtype:
+            y.addmm_(torch.mm(flat, views[2]), views[3], alpha=self.s)
         else:
-            add_product(y, low_of(flat, None, A), Bt, self.s)
-        return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
+            self.add_wide(y, flat, A, views)
+        if len(shape) == 3:  # the most frequent; each dimension as an argument is the cheapest
+            return y.view(shape[0], shape[1], y.shape[1])
+        return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
 
-    def traced(self, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, p: float) -> Tensor:
-        """The formula for torch.compile, which fuses it itself."""
+    def add_wide(self, y: Tensor, x: Tensor, A: Tensor, views: Views) -> None:
+        """Add s B A x to y, where A has another dtype: y (rows, out), x (rows, in)."""
+        _, _, At, Bt = views
+        if is_large(x) or is_large(y) or A.dtype.itemsize <= y.dtype.itemsize:
+            add_product(y, low_of(x, None, A), Bt, self.s)
+        else:
+            u = torch.mm(x.type_as(A), At)
+            y.copy_(y.type_as(u).addmm_(u, Bt, alpha=self.s))
+
+    def formula(self, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, p: float) -> Tensor:
+        """By torch's own operations: what it compiles and transforms, and with small inputs is the faster."""
         y = F.linear(x, W, bias)
-        low = F.dropout(x, p, True) if p else x
-        return (y + F.linear(F.linear(low.to(A.dtype), A), B) * self.s).to(y.dtype)
+        low = F.dropout(x.to(A.dtype), p) if p else x.to(A.dtype)
+        return (y + F.linear(F.linear(low, A), B) * self.s).to(y.dtype)

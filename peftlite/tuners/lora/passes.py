@@ -43,13 +43,16 @@ def low_of(x: Tensor, bits: Tensor | None, A: Tensor) -> Tensor:
 
 
 def add_product(y: Tensor, u: Tensor, B: Tensor, s: float = 1.0, bits: Tensor | None = None) -> None:
-    """Add drop(s u B) to y, in place, summed in u's dtype: (rows, out), (rows, r), (r, out)."""
+    """Add drop(s u B) to y, in place, summed in the wider of their dtypes: (rows, out), (rows, r), (r, out)."""
     if y.dtype == u.dtype and bits is None:
         y.addmm_(u, B, alpha=s)
         return
+    narrow = torch.promote_types(y.dtype, u.dtype) != u.dtype
     for rows in blocks(y):
         part = y[rows]
-        if bits is None:
+        if narrow:
+            part.add_(dropped_(torch.mm(u[rows], B), bits, rows), alpha=s)
+        elif bits is None:
             part.copy_(part.to(u.dtype).addmm_(u[rows], B, alpha=s))
         else:
             part.copy_(dropped_(torch.mm(u[rows], B), bits, rows).mul_(s).add_(part))

@@ -1,0 +1,124 @@
+"""One LoRA layer without gradients: the formula, whatever was written to its parameters since the last call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import peftlite
+from peftlite.tuners.lora import blocks, bound
+
+SIZE = 6
+
+
+def adapted(dtype: torch.dtype, bias: bool = True) -> Any:
+    """A square layer with square factors, so that they can be transposed in place."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(SIZE, SIZE, bias)).to(dtype)
+    peftlite.inject(model, peftlite.LoraConfig(r=SIZE, lora_alpha=3, target_modules=["0"]))
+    nn.init.normal_(model[0].lora_B["default"].weight)  # type: ignore[union-attr,index]
+    return model[0].eval()
+
+
+def formula(layer: Any, x: Tensor) -> Tensor:
+    base, A, B = (layer.base_layer, *(f["default"].weight for f in (layer.lora_A, layer.lora_B)))
+    y = F.linear(x, base.weight, base.bias)
+    return (y + F.linear(F.linear(x.to(A.dtype), A), B) * layer.scaling["default"]).to(y.dtype)
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    eps = torch.finfo(found.dtype).eps
+    torch.testing.assert_close(found, expected, rtol=4 * eps, atol=16 * eps)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (0, 6), (2, 3, 6), (0, 3, 6), (1, 2, 3, 6)], ids=str)
+def test_inputs_of_every_shape(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    layer, x = adapted(dtype, bias), torch.randn(shape).to(dtype)
+    near(layer(x), formula(layer, x))
+    if len(shape) > 2:
+        turned = x.transpose(0, 1)
+        near(layer(turned), formula(layer, turned))
+
+
+def assigned(layer: Any) -> None:
+    layer.load_state_dict({k: v * 2 if "lora_" in k else v for k, v in layer.state_dict().items()}, assign=True)
+
+
+def narrowed(layer: Any) -> None:
+    A, B = factors(layer)
+    A.data, B.data = A.data[:2], B.data[:, :2]
+
+
+def turned(layer: Any) -> None:
+    A, B = factors(layer)
+    A.data, B.data = A.data.t(), B.data.t()
+
+
+def in_float64(layer: Any) -> None:
+    layer.lora_A.double(), layer.lora_B.double()
+    factors(layer)[0].data.add_(1)
+
+
+def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+WRITES: dict[str, Callable[[Any], object]] = {
+    "in place": lambda layer: [factor.add_(1) for factor in factors(layer)],
+    "through data": lambda layer: [factor.data.mul_(3) for factor in factors(layer)],
+    "of data": lambda layer: [setattr(factor, "data", torch.randn_like(factor)) for factor in factors(layer)],
+    "of fewer ranks": narrowed,
+    "transposed": turned,
+    "assigned": assigned,
+    "in another dtype": in_float64,
+    "the base's": lambda layer: layer.base_layer.weight.data.mul_(2),
+    "another base weight": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.randn(SIZE, SIZE))),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
+def test_writes_of_every_kind_are_seen(write: Callable[[Any], object]) -> None:
+    layer, x = adapted(torch.float32), torch.randn(4, SIZE)
+    before = layer(x)
+    write(layer)
+    assert not torch.allclose(layer(x), before)
+    near(layer(x), formula(layer, x))
+
+
+@torch.no_grad()
+def test_old_base_weights_are_let_go_of() -> None:
+    layer, x = adapted(torch.float32), torch.randn(4, SIZE)
+    layer(x)
+    held = StorageWeakRef(layer.base_layer.weight.untyped_storage())
+    layer.base_layer.weight.data = torch.randn(SIZE, SIZE)
+    assert held.expired()
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_an_adapter_in_less_precision_does_not_round_the_base(
+    large: bool, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr(blocks, "LARGE", 2 * SIZE)
+        monkeypatch.setattr(bound, "_SMALL", 0)
+    layer, x = adapted(torch.float32), torch.randn(40, SIZE, requires_grad=grad)
+    layer.bfloat16().base_layer.float()
+    nn.init.zeros_(layer.lora_B["default"].weight)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(layer(x), layer.base_layer(x))
+        if grad:
+            (found,) = torch.autograd.grad(layer(x).sum(), x)
+            (expected,) = torch.autograd.grad(layer.base_layer(x).sum(), x)
+            assert torch.equal(found, expected)
