@@ -15,6 +15,7 @@ import peftlite
 from peftlite import IA3Config, LoraConfig
 from peftlite.core.tree import layers
 from peftlite.errors import AdapterNameError, StateError
+from peftlite.tuners.lora import banked
 from peftlite.tuners.lora import blocks as block_sizes
 from peftlite.tuners.lora.banked import LoraBank
 from tests.contract.rows import scramble
@@ -93,6 +94,38 @@ def test_rows_together_equal_rows_one_by_one(
         with peftlite.use_adapter_per_row(model, sorted(ROWS)):  # nothing to sort
             torch.testing.assert_close(model(entries), one_by_one(model, entries, sorted(ROWS)), **tolerance)
     assert served == [True] * 4
+
+
+@pytest.mark.parametrize("large", [1 << 17, 128, 1], ids=["whole", "some groups at a time", "by row"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "rows", [["d", "__base__", "c", "a", "b"], ["a"] * 5 + ["b", "__base__", "c"], ["__base__", "d"]], ids=str
+)
+def test_groups_of_every_size_are_right(
+    rows: list[str], dtype: torch.dtype, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_sizes, "LARGE", large)
+    model = adapted(dtype=dtype)
+    for count in (1, 3, 0):
+        x = torch.randn(len(rows) * count, 64).to(dtype)
+        with torch.no_grad(), counted(monkeypatch) as served, peftlite.use_adapter_per_row(model, rows):
+            together = model(x)
+        assert served == [True, True]
+        if count:
+            tolerance = 1e-5 if dtype is not torch.bfloat16 else 2e-2
+            torch.testing.assert_close(together, one_by_one(model, x, rows), rtol=tolerance, atol=tolerance * 2)
+        assert together.shape == x.shape
+
+
+def test_small_groups_are_taken_together_and_a_large_one_alone() -> None:
+    found = banked.together((2, 0, 3, 9, 1, 4, 1), 5)
+    assert [(rows.start, rows.stop, list(groups)) for rows, groups in found] == [
+        (0, 5, [(0, 2), (2, 3)]),
+        (5, 14, [(3, 9)]),
+        (14, 19, [(4, 1), (5, 4)]),
+        (19, 20, [(6, 1)]),
+    ]
+    assert banked.together((0, 0), 5) == ()
 
 
 @pytest.mark.parametrize("blocks", [False, True], ids=["whole", "in blocks"])

@@ -4,12 +4,15 @@
     elsewhere   two batched products over the stacked factors, of which each row (or group) picks its own
 
 Nothing is kept from call to call: a stacked copy of the factors would miss writes through `parameter.data`, which leave
-no trace, and would take as much memory as the adapters.
+no trace, and would take as much memory as the adapters. Where each row has an adapter of its own, products of matrices
+and vectors take as long as reading the factors' bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,9 +22,12 @@ from torch import Tensor, nn
 from peftlite.core.hosts import LinearHost
 from peftlite.core.rows import Order, split
 from peftlite.core.slots import View
-from peftlite.tuners.lora.blocks import is_large
+from peftlite.tuners.lora.blocks import rows_at_once
 from peftlite.tuners.lora.bound import Parts, globally_hooked
 from peftlite.tuners.lora.passes import add_product, low_of
+
+Groups = Sequence[tuple[int, int]]
+"""(group, how many vectors of it), one after the other."""
 
 
 def banks(a: View) -> bool:
@@ -42,7 +48,9 @@ class LoraBank:
         self.layer = layer
         self.base: nn.Module = layer.wrapped
         self.out: int = layer.host.shape[0]
-        self.has = [a is not None for a in views]
+        numbers = count()
+        self.places = [None if a is None else next(numbers) for a in views]
+        """Of each group, which of the factors are its own; None for a group without an adapter."""
         self.held = [(a.lora_A._parameters, a.lora_B._parameters) for a in present]
         self.scales = [a.scaling for a in present]
         self.scale_tensors = [s if isinstance(s, Tensor) else torch.tensor(float(s)) for s in self.scales]
@@ -88,50 +96,57 @@ class LoraBank:
         return type(self.base) is nn.Linear and not self.bare.touched()
 
     def infer(self, x: Tensor, order: Order, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Tensor:
-        """The whole layer without gradients: sorted once, each group's product added where it belongs."""
+        """The whole layer without gradients: sorted once, each group's product added where it belongs.
+
+        Where the factors have another dtype, sums are made in that; of small groups, of several at a time.
+        """
         given = order.sorted(x)
         y: Tensor = self.base(given)
-        flat, low_in = y.view(-1, self.out), given.reshape(-1, x.shape[-1])
-        wide = flat.dtype != As[0].dtype  # sums are made in the adapters' dtype
-        if wide and is_large(flat):
-            self.add_in_blocks(low_in, flat, order, As, Bs)
-            return order.restored(y)
-        low_in = low_in.to(As[0].dtype)
-        sums = low_in.new_empty(flat.shape) if wide else flat
-        for part, into, A, B, s in self.pieces(low_in, sums, order, As, Bs):
-            if A is None or B is None:
-                _ = into.zero_() if wide else None
+        flat, low_in, dtype = y.view(-1, self.out), given.reshape(-1, x.shape[-1]), As[0].dtype
+        wide = flat.dtype != dtype
+        step = rows_at_once(flat if self.out > x.shape[-1] else low_in) if wide else len(flat)
+        for rows, groups in together(tuple(self.vectors(flat, order)), step):
+            part, into = low_in[rows], flat[rows]
+            if wide and len(groups) > 1:
+                sums = into.to(dtype)
+                self.add(part.to(dtype), sums, groups, As, Bs)
+                into.copy_(sums)
+            else:
+                self.add(part, into, groups, As, Bs)
+        return order.restored(y)
+
+    def add(self, x: Tensor, y: Tensor, groups: Groups, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
+        """Add to the vectors y what the groups' adapters give for the vectors x, both sorted by group."""
+        sizes = [size for _, size in groups]
+        alone = max(sizes) == 1 and x.dtype == y.dtype and y.dtype in (torch.float32, torch.float64)
+        parts, places = ((one.unbind(0) if alone else split(one, sizes)) for one in (x, y))
+        for (group, _), part, into in zip(groups, parts, places, strict=True):
+            at = self.places[group]
+            if at is None:
                 continue
-            low = torch.mm(part, A.t())
+            A, B, s = As[at], Bs[at], self.scales[at]
+            low = torch.mv(A, part) if alone else low_of(part, None, A)
             if isinstance(s, Tensor):
                 low, s = low * s, 1.0
-            into.addmm_(low, B.t(), beta=0 if wide else 1, alpha=s)
-        return order.restored(y.add_(sums.view(y.shape)) if wide else y)
+            if alone:
+                into.addmv_(B, low, alpha=s)
+            else:
+                add_product(into, low, B.t(), s)
 
-    def add_in_blocks(self, x: Tensor, y: Tensor, order: Order, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
-        """Add to y what the groups' adapters give for x, without a wide copy of either."""
-        for part, into, A, B, s in self.pieces(x, y, order, As, Bs):
-            if A is not None and B is not None:
-                low = low_of(part, None, A)
-                add_product(into, low * s if isinstance(s, Tensor) else low, B.t(), 1.0 if isinstance(s, Tensor) else s)
-
-    def pieces(
-        self, x: Tensor, y: Tensor, order: Order, As: Sequence[Tensor], Bs: Sequence[Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Any]]:
-        """(vectors in, vectors out, A, B, s) of each group of sorted rows; None for a group without an adapter."""
-        each = len(x) // max(1, sum(order.sizes))  # vectors per entry
-        sizes = [size * each for size in order.sizes]
-        factors = zip(As, Bs, self.scales, strict=True)
-        for has, part, into in zip(self.has, split(x, sizes), split(y, sizes), strict=True):
-            yield (part, into, *(next(factors) if has else (None, None, None)))
+    def vectors(self, flat: Tensor, order: Order) -> Sequence[int]:
+        """Of sorted vectors (vectors, width), how many each group has."""
+        each = len(flat) // max(1, len(order.rows))
+        return order.counts if each == 1 else [count * each for count in order.counts]
 
     def by_group(self, x: Tensor, order: Order, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Tensor:
         """Scaled B A x for all rows, group by group; differentiable."""
         given = order.sorted(x).to(As[0].dtype)
         flat = given.reshape(-1, x.shape[-1])
         done = [
-            part.new_zeros(len(part), self.out) if A is None or B is None else F.linear(F.linear(part, A) * s, B)
-            for part, _, A, B, s in self.pieces(flat, flat, order, As, Bs)
+            part.new_zeros(len(part), self.out)
+            if at is None
+            else F.linear(F.linear(part, As[at]) * self.scales[at], Bs[at])
+            for at, part in zip(self.places, split(flat, self.vectors(flat, order)), strict=True)
         ]
         return order.restored(torch.cat(done).view(*x.shape[:-1], self.out))
 
@@ -143,8 +158,8 @@ class LoraBank:
         """
         dtype, device = As[0].dtype, x.device
         rank = max(len(A) for A in As)
-        many = 1 << (len(self.has) - 1).bit_length()
-        place = [sum(self.has[:at]) if has else None for at, has in enumerate(self.has)] + [None] * many
+        many = 1 << (len(self.places) - 1).bit_length()
+        place = [*self.places, *[None] * many]
         chosen = [0 if at is None else at for at in place[:many]]
         A = torch.stack([F.pad(As[at], (0, 0, 0, rank - len(As[at]))) for at in chosen])  # (many, r, in)
         B = torch.stack([F.pad(Bs[at], (0, rank - Bs[at].shape[1])) for at in chosen])  # (many, out, r)
@@ -155,6 +170,24 @@ class LoraBank:
         return low @ B[order.group].transpose(1, 2)
 
 
+@lru_cache(maxsize=64)
+def together(sizes: tuple[int, ...], step: int) -> tuple[tuple[slice, Groups], ...]:
+    """Slices of vectors sorted by group, with the groups in each: as many as fit into `step` vectors, or a larger one.
+
+    sizes: of all groups.
+    """
+    found: list[tuple[slice, list[tuple[int, int]]]] = []
+    end = 0
+    for group, size in enumerate(sizes):
+        if size and found and end + size - found[-1][0].start <= step:
+            rows, groups = found[-1]
+            found[-1] = slice(rows.start, end + size), [*groups, (group, size)]
+        elif size:
+            found.append((slice(end, end + size), [(group, size)]))
+        end += size
+    return tuple(found)
+
+
 def are_plain(factors: Sequence[Any]) -> bool:
     """Whether all are plain parameters of one dtype."""
-    return all(type(factor) is nn.Parameter for factor in factors) and len({factor.dtype for factor in factors}) == 1
+    return set(map(type, factors)) == {nn.Parameter} and len({factor.dtype for factor in factors}) == 1

@@ -17,8 +17,13 @@ def is_large(x: Tensor) -> bool:
 
 def blocks(matrix: Tensor) -> Iterator[slice]:
     """Slices of the rows of a matrix that together are all of them; one, where there is no such cache."""
+    step = rows_at_once(matrix)
+    yield from (slice(start, start + step) for start in range(0, len(matrix), step))
+
+
+def rows_at_once(matrix: Tensor) -> int:
+    """How many rows of a matrix stay in the cache; all, where there is none."""
     rows, width = matrix.shape
-    step = rows
-    if matrix.device.type == "cpu":
-        step = max(1, LARGE * torch.get_num_threads() // max(1, width))
-    yield from (slice(start, start + step) for start in range(0, rows, step or 1))
+    if matrix.device.type != "cpu":
+        return max(1, rows)
+    return max(1, LARGE * torch.get_num_threads() // max(1, width))
