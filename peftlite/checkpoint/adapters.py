@@ -131,6 +131,7 @@ def load_adapter(
     torch_device: str | torch.device | None = None,
     key_mapping: Mapping[str, str] | None = None,
     hub: HubOptions | None = None,
+    admit: Callable[[PeftConfig], object] | None = None,
 ) -> LoadReport:
     """Load an adapter from a directory or a hub repository into `model`, in place; all of it, or nothing.
 
@@ -151,6 +152,7 @@ def load_adapter(
         key_mapping: regular expression -> replacement, for keys (without `base_model.model.`) of other libraries; the
             first that is found in a key counts.
         hub: subfolder, revision, token, ...
+        admit: is shown the config first, and raises if it is not to be loaded.
 
     Raises:
         AdapterFilesNotFoundError: there are no such files.
@@ -163,6 +165,8 @@ def load_adapter(
     place = resolve(id_or_dir, hub, config_file=config is None)
     with read_adapter(place, config=config is None) as files:
         chosen = config_from_dict(files.config) if config is None else config.copy()
+        if admit is not None:
+            admit(chosen)
         chosen.inference_mode = not is_trainable
         source = Renamed(files.tensors, key_mapping) if key_mapping else files.tensors
         record = read_record(files.record, files.tensors.table)

@@ -14,7 +14,7 @@ from peftlite.checkpoint.tensorfile import TensorInfo, TensorSource
 from peftlite.config import PeftConfig
 from peftlite.core.facts import facts_of
 from peftlite.core.former import Former
-from peftlite.core.found import Found, host_at
+from peftlite.core.found import Found, host_at, innermost
 from peftlite.core.hosts import ParamHost
 from peftlite.core.inject import choose_parameters, is_linear
 from peftlite.core.targets import TargetSpec, absent, ending, entries_for, is_all_linear, match_pattern, select
@@ -37,8 +37,10 @@ def as_now(
     """
     if not isinstance(config, LoraConfig) or config.kind is not LoraConfig.kind:
         return config, source
-    found = Found.of(base)
     paths = factor_paths(source.infos)
+    if all(is_layer(base, path) for path in paths):
+        return config, source
+    found = Found.of(base)
     strange = paths - known_paths(found, config)
     old = Old.of(base, config, found, paths) if strange else None
     if old is None or not old.places.keys() & strange or not (old.fused or old.modules):
@@ -85,8 +87,16 @@ def brought_up_to_date(base: nn.Module, config: PeftConfig) -> None:
 
 def factor_paths(keys: Iterable[str]) -> set[str]:
     """The paths of the layers that have LoRA's factors in a file; "base_layer" is no part of them."""
-    split = (split_file_key(key, _FACTORS) for key in keys)
-    return {".".join(part for part in place[0].split(".") if part != "base_layer") for place in split if place}
+    paths = {place[0] for key in keys if (place := split_file_key(key, _FACTORS)) is not None}
+    return {".".join(part for part in path.split(".") if part != "base_layer") for path in paths}
+
+
+def is_layer(base: nn.Module, path: str) -> bool:
+    """Whether there is a layer at a path, that adapters can be on as a whole."""
+    module: nn.Module | None = base
+    for name in path.split("."):
+        module = None if module is None else innermost(module)._modules.get(name)
+    return module is not None and host_at(module, None) is not None
 
 
 def known_paths(found: Found, config: LoraConfig) -> set[str]:

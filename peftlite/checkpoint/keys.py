@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice, pairwise
 
 CONFIG_NAME = "adapter_config.json"
@@ -48,12 +49,17 @@ def split_file_key(key: str, suffixes: Iterable[str]) -> tuple[str, str] | None:
     if not key.startswith(PREFIX):
         return None
     rest = key[len(PREFIX) :]
-    for suffix in sorted(suffixes, key=len, reverse=True):
+    for suffix in _longest_first(tuple(suffixes)):
         if rest == suffix:
             return "", suffix
         if rest.endswith(f".{suffix}"):
             return rest[: -len(suffix) - 1], suffix
     return None
+
+
+@lru_cache(64)
+def _longest_first(suffixes: tuple[str, ...]) -> list[str]:
+    return sorted(suffixes, key=len, reverse=True)
 
 
 def with_prefix(key: str) -> str:

@@ -9,7 +9,7 @@ what else was there when it was written.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -69,8 +69,8 @@ class Targets:
 
 
 def _second_copies(path: str, suffix: str, tuner: TunerSpec) -> Iterator[str]:
-    if is_whole(tuner):
-        yield from (file_key(joined_path(path, slot), suffix) for slot in (tuner.slots[0].name, tuner.base_slot))
+    """What else PEFT calls a tensor of a module that is trained whole."""
+    return (file_key(joined_path(path, slot), suffix) for slot in (tuner.slots[0].name, tuner.base_slot))
 
 
 def _wanted(tensor: Tensor, rank: int | None = None, rows: int | None = None, required: bool = True) -> Wanted:
@@ -167,11 +167,12 @@ def live_targets(model: nn.Module, name: str, config: Any, walked: Iterable[Spot
             if name in layer.leaders and not layer.tuner.followers_in_files:
                 continue
             rank = layer.__dict__["r"].get(name) if "r" in layer.tuner.numbers else None
-            rows = tables.get(id(layer.get_base_layer()))
+            rows, whole = tables.get(id(layer.get_base_layer())), is_whole(layer.tuner)
             for suffix, tensor in layer.tensors(name).items():
                 wanted = _wanted(tensor, rank, rows)
                 found.places[file_key(spot.path, suffix)] = LayerTarget(layer, name, suffix, tensor, wanted)
-                found.ignored.update(_second_copies(spot.path, suffix, layer.tuner))
+                if whole:
+                    found.ignored.update(_second_copies(spot.path, suffix, layer.tuner))
         else:
             found.places.update(base_targets(spot, bias, tables))
     return found
@@ -248,14 +249,15 @@ class Blueprint:
         found.slots.update(slot.name for slot in site.tuner.slots)
         if site.leader is not None and not site.tuner.followers_in_files:
             return
+        place, whole, filled = self.place(site), is_whole(site.tuner), self.filled[index]
         for slot in site.tuner.slots:
             if slot.name not in self.values[index]:
                 continue
             for suffix, _, tensor in slot.suffixes(self.values[index][slot.name]):
                 wanted = _wanted(tensor, site.rank, rows)
-                target = SiteTarget(self.filled[index], suffix, wanted, self.place(site))
-                found.places[file_key(path, suffix)] = target
-                found.ignored.update(_second_copies(path, suffix, site.tuner))
+                found.places[file_key(path, suffix)] = SiteTarget(filled, suffix, wanted, place)
+                if whole:
+                    found.ignored.update(_second_copies(path, suffix, site.tuner))
 
     def place(self, site: Site) -> torch.device:
         """The device that a site's tensors go to."""
@@ -266,45 +268,45 @@ class Blueprint:
 
         Raises: CheckpointError if the rest is larger than the model that it is for.
         """
-        self._check_rest()
+        for site, values, filled in zip(self.planned.sites, self.values, self.filled, strict=True):
+            fill_in(site.tuner.slots, values, filled)
+        rest = [index for index, values in enumerate(self.values) if any(map(is_on_meta, values.values()))]
+        self._check(rest)
+        for index in rest:  # not all was in the file, or is ever in one
+            site = self.planned.sites[index]
+            placement = dataclasses.replace(self.planned.placement(site), device=self.place(site))
+            self.values[index] = dict(site.variant.init(site.host, placement))
+            fill_in(site.tuner.slots, self.values[index], self.filled[index])
         shared = self.filled_shared
         if shared.keys() != self.shared.keys():
             shared = {**self.planned.shared(self.place(self.planned.sites[0])), **shared}
         return [
-            {**self._built(index), **(shared if site.tuner.shared else {})}
-            for index, site in enumerate(self.planned.sites)
+            {**values, **(shared if site.tuner.shared else {})}
+            for site, values in zip(self.planned.sites, self.values, strict=True)
         ]
 
-    def _check_rest(self) -> None:
-        filled = sum(tensor.numel() for tensors in (*self.filled, self.filled_shared) for tensor in tensors.values())
-        wanted = sum(tensor.numel() for tensor in self.shared.values())
-        for site, values in zip(self.planned.sites, self.values, strict=True):
-            for slot in site.tuner.slots:
-                if slot.name in values:
-                    wanted += sum(tensor.numel() for _, _, tensor in slot.suffixes(values[slot.name]))
-        if wanted - filled <= _FREE:
+    def _check(self, rest: Sequence[int]) -> None:
+        missing = sum(tensor.numel() for slot, tensor in self.shared.items() if slot not in self.filled_shared)
+        for index in rest:
+            for slot in self.planned.sites[index].tuner.slots:
+                if slot.name in self.values[index]:
+                    suffixes = slot.suffixes(self.values[index][slot.name])
+                    missing += sum(tensor.numel() for suffix, _, tensor in suffixes if suffix not in self.filled[index])
+        if missing <= _FREE:
             return
         own = sum(parameter.numel() for parameter in self.planned.model.parameters())
-        if wanted - filled > own + _FREE:
+        if missing > own + _FREE:
             raise CheckpointError(
-                f"The config asks for {wanted - filled} numbers that are not in the file, and the model itself has "
-                f"{own}. Nothing was changed."
+                f"The config asks for {missing} numbers that are not in the file, and the model itself has {own}. "
+                "Nothing was changed."
             )
-
-    def _built(self, index: int) -> Mapping[str, Any]:
-        site, values = self.planned.sites[index], self.values[index]
-        fill_in(site.tuner.slots, values, self.filled[index])
-        if any(map(is_on_meta, values.values())):  # not all was in the file, or is ever in one
-            placement = dataclasses.replace(self.planned.placement(site), device=self.place(site))
-            values = dict(site.variant.init(site.host, placement))
-            fill_in(site.tuner.slots, values, self.filled[index])
-        return values
 
 
 def is_on_meta(value: Any) -> bool:
     """Whether a value holds a tensor without memory."""
     if isinstance(value, nn.Module):
-        return any(tensor.is_meta for tensors in (value.parameters(), value.buffers()) for tensor in tensors)
+        own = (*value._parameters.values(), *value._buffers.values())
+        return any(map(is_on_meta, own)) or any(map(is_on_meta, value._modules.values()))
     return isinstance(value, Tensor) and value.is_meta
 
 

@@ -34,7 +34,7 @@ from peftlite.core.targets import (
 )
 from peftlite.core.ties import tied_sites
 from peftlite.core.transaction import atomic, put
-from peftlite.core.tree import base_model_of, check_one_state, find_state
+from peftlite.core.tree import base_model_of, check_one_state, find_state, layers
 from peftlite.core.variant import COMPANIONS, INPUTS, Companion, TunerSpec, tuner_for
 from peftlite.errors import ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError, clipped
 
@@ -95,7 +95,7 @@ def replicas_to_make(
     Raises: ConfigError, StateError.
     """
     present = None if state is None else state.replicas
-    asked = state is None and config.to_dict().get("layer_replication")
+    asked = state is None and vars(config).get("layer_replication")
     stack = facts.stack() if asked and facts.stack is not None else None
     return replicas_for(config, present, state is None, stack, type(base).__name__)
 
@@ -115,7 +115,7 @@ def check_config(config: object) -> None:
 def choose(base: nn.Module, config: PeftConfig, found: Found, facts: ModelFacts) -> Selection:
     """Which modules the config means, task heads included."""
     values: Any = config
-    if values.to_dict().get("target_modules") is None and values.to_dict().get("target_parameters"):
+    if vars(config).get("target_modules") is None and vars(config).get("target_parameters"):
         values.target_modules = []
     if facts.default_targets is not None:
         facts.default_targets(config)
@@ -321,8 +321,9 @@ def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable
     if first:
         activate(base, state, (name,))
     else:
-        sync(base, state, (name,))
-        rebind(base, state)
+        present = list(layers(base))
+        sync(base, state, (name,), present)
+        rebind(base, state, present)
     attach(base, tuner_for(planned.config))
     observe(base, planned.config)
 

@@ -131,11 +131,11 @@ class AdapterLayer(TiedLayer):
                 put(self.__dict__, "used", tuple(s for s in self.tuner.slots if s in self.used or s.name == key))
             if isinstance(container, BufferSlot) and any(slot.derived for slot in self.tuner.slots if slot.name == key):
                 container.leave_out(name)
-            if isinstance(value, nn.Module):
+            if isinstance(value, nn.Module) and value.training is not self.training:
                 value.train(self.training)
         for parameter in self.parameters_of(name):
             parameter.requires_grad_(False)
-        self.unbind()
+        self.unbind(name)
 
     def remove(self, name: str) -> None:
         """Detach an adapter; if it is merged, it is unmerged first."""
@@ -148,11 +148,11 @@ class AdapterLayer(TiedLayer):
             if name in container:
                 del container[name]
         for number in self.tuner.numbers:
-            if name in self.__dict__[number]:
-                del self.__dict__[number][name]
-        if self._own_active is not None:
+            drop(self.__dict__[number], name)
+        self.unbind(name)
+        if self._own_active is not None and name in self._own_active:
             put(self.__dict__, "_own_active", tuple(n for n in self._own_active if n != name))
-        self.unbind()
+            self.unbind()
 
     def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
         """The trainable parameters of one adapter on this layer."""
@@ -341,7 +341,7 @@ class AdapterLayer(TiedLayer):
     def _number_written(self, name: str) -> None:
         if name in self.merged_adapters:
             raise StateError(f"Adapter `{name}` is merged: unmerge it before its numbers change. Nothing was changed.")
-        self.unbind()
+        self.unbind(name)
 
     # ---- explicit overrides on this layer alone
     @atomic

@@ -405,18 +405,20 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
     Raises: AdapterNameError, NoAdapterError.
     """
-    state = state_of(model)
+    state, found = adapted(model)
     state.checked(adapter_name)
-    remerge(model, lambda layer: [n for n in layer.merged_adapters if n != adapter_name])
-    set_requires_grad(model, adapter_name, False)
     base = base_model_of(model)
-    for layer in layers(base):
+    remerge(found, lambda layer: [n for n in layer.merged_adapters if n != adapter_name])
+    state.change(trainable=state.trainable - {adapter_name})
+    sync(base, state, (adapter_name,), found)
+    for layer in found:
         if adapter_name in layer.variants:
             layer.remove(adapter_name)
     state.remove(adapter_name)
-    for place in reversed(layer_places(base)):
-        if isinstance(place.module, AdapterLayer) and not place.module.variants:
-            put(place.parent._modules, place.child, place.module.wrapped)
+    if not all(layer.variants for layer in found):
+        for place in reversed(layer_places(base)):
+            if isinstance(place.module, AdapterLayer) and not place.module.variants:
+                put(place.parent._modules, place.child, place.module.wrapped)
     if not state.configs:
         leave(base, state)
         return

@@ -104,12 +104,13 @@ class MergingLayer(ScalingLayer):
         """Those of `names` that this layer has and that are not in the weight already."""
         return [name for name in names if name in self.variants and name not in self.merged_adapters]
 
-    def unbind(self) -> None:
-        """Forget everything derived from the adapters on this layer; it is made again on use."""
-        self.__dict__["_program"] = None
-        self.state.forget_plans()
+    def unbind(self, name: str | None = None) -> None:
+        """Forget everything derived from the adapters on this layer, or from one of them; it is made again on use."""
+        if name is None or name in (self.state.active if self._own_active is None else self._own_active):
+            self.__dict__["_program"] = None
+        self.state.forget_plans(name)
         if self._owner is not None:
-            self._owner.unbind()
+            self._owner.unbind(name)
 
     def here(self) -> AbstractContextManager[None]:
         """Inside the block, the weights of the base layer and the adapters are not elsewhere."""

@@ -38,19 +38,20 @@ class ModuleSlot(nn.ModuleDict):
 class ParameterSlot(nn.ParameterDict):
     """An `nn.ParameterDict` that takes any adapter name, and so keeps its parameters by key alone.
 
-    Compiled code has parameters bound (see `View`), so `on_write` is called when one is replaced by another.
+    Compiled code has parameters bound (see `View`), so `on_write` is called when one is replaced by another, with its
+    name, or with None when all are.
     """
 
-    on_write: Callable[[], None] | None = None
+    on_write: Callable[[str | None], None] | None = None
 
-    def _replaced(self) -> None:
+    def _replaced(self, name: str | None = None) -> None:
         if self.on_write is not None:
-            self.on_write()
+            self.on_write(name)
 
     def __setattr__(self, name: str, value: Any) -> None:  # how `load_state_dict(assign=True)` replaces a parameter
         super().__setattr__(name, value)
         if name in self._parameters:
-            self._replaced()
+            self._replaced(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParameterSlot:
         moved: ParameterSlot = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -73,7 +74,7 @@ class ParameterSlot(nn.ParameterDict):
 
     def __setitem__(self, key: str, parameter: Any) -> None:
         put(self._parameters, key, parameter)
-        self._replaced()
+        self._replaced(key)
 
     def __delitem__(self, key: str) -> None:
         drop(self._parameters, key)

@@ -100,10 +100,17 @@ class AdapterState:
         self.places += 1
         return self.places
 
-    def forget_plans(self) -> None:
-        """Have all that was derived made again, also by calls that are under way."""
-        self.plans.clear()
-        self.banks.clear()
+    def forget_plans(self, name: str | None = None) -> None:
+        """Have all that was derived made again, also by calls that are under way; or what was derived with one adapter.
+
+        With one that is not known yet, nothing was.
+        """
+        if name is not None and name not in self.configs:
+            return
+        for derived in (self.plans, self.banks):
+            for names in list(derived):
+                if name is None or name in names:
+                    del derived[names]
         self.version = object()
 
     # ---- requires_grad

@@ -72,7 +72,7 @@ class TargetSpec:
     @classmethod
     def from_config(cls, config: PeftConfig) -> TargetSpec:
         """The spec of any kind of config."""
-        values = config.to_dict()
+        values = vars(config)
         targets = values.get("target_modules")
         return cls(
             target_modules=targets if targets is None or isinstance(targets, str) else _entries(targets),
@@ -246,7 +246,7 @@ class _Index:
                     yield position
 
     def regular_matches(self, path: str) -> Iterator[int]:
-        starts = _starts(path)
+        starts = _starts(path) if self.regular else []
         return (at for at, whole in self.regular if any(whole.fullmatch(path, start) for start in starts))
 
 
@@ -268,7 +268,7 @@ def _target_test(names: tuple[str, ...] | str, linear: Collection[str] = ()) -> 
     if isinstance(names, str):
         return bounded(names).fullmatch
     wanted = frozenset(names)
-    return lambda path: not wanted.isdisjoint(_ends(path))
+    return lambda path: bool(wanted) and not wanted.isdisjoint(_ends(path))
 
 
 def _not_below(roots: tuple[str, ...]) -> Callable[[str], bool]:
@@ -322,6 +322,8 @@ def _unmatched(
     yield from (Unmatched("modules_to_save", entry, pool) for entry in spec.modules_to_save if entry not in ends)
     yield from _unmatched_layers(pool, candidates, spec)
     for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        if not patterns:
+            continue
         index = _index(patterns)
         used = {at for path in targets for at in (*index.plain_matches(path), *index.regular_matches(path))}
         yield from (Unmatched(field, pattern, targets) for at, pattern in enumerate(patterns) if at not in used)

@@ -32,7 +32,7 @@ def tied_sites(
     Raises: ConfigError where one adapter cannot be on all of them.
     """
     result = {site.path: site for site in sites}
-    found, everything = False, bool(config.to_dict().get("ensure_weight_tying"))
+    found, everything = False, bool(vars(config).get("ensure_weight_tying"))
     for site in sites:
         if not everything and not (site.tuner.few_rows and isinstance(site.host, EmbeddingHost)):
             continue

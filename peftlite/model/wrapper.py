@@ -22,7 +22,6 @@ from peftlite.base_tuner import (
 )
 from peftlite.checkpoint import adapters, hub
 from peftlite.checkpoint.card import write_card
-from peftlite.checkpoint.files import read_config
 from peftlite.checkpoint.report import LoadReport, Strict
 from peftlite.config import PeftConfig, PeftType, TaskType
 from peftlite.core import lifecycle, status
@@ -290,13 +289,8 @@ class PeftModel(Wrapper):
         Raises: ConfigError for one of another kind, and what `peftlite.load_adapter` raises; nothing is changed then.
         """
         LoraRuntimeConfig(ephemeral_gpu_offload)  # says that it has no effect
-        options = hub.HubOptions.from_kwargs(hub_options)
-        if config is None:
-            found = read_config(hub.resolve(model_id, options)).get("peft_type", self.peft_type)
-        else:
+        if config is not None:
             check_config(config)
-            found = config.peft_type
-        check_kind(self, self.peft_type, found)
         report = adapters.load_adapter(
             self,
             model_id,
@@ -308,7 +302,8 @@ class PeftModel(Wrapper):
             strict=strict,
             torch_device=torch_device,
             key_mapping=key_mapping,
-            hub=options,
+            hub=hub.HubOptions.from_kwargs(hub_options),
+            admit=lambda chosen: check_kind(self, self.peft_type, chosen.peft_type),
         )
         if not is_trainable:
             evaluate(self)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import peftlite
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.tree import layers, places
+from peftlite.errors import AdapterNameError
 
 
 class Mlp(nn.Module):
@@ -173,3 +174,40 @@ def test_switching_back_makes_no_program_again(monkeypatch: pytest.MonkeyPatch) 
     model.base_model.model.lin0.scaling["n1"] = 3.0
     model.set_adapter("n1")
     assert made
+
+
+def test_programs_of_other_adapters_are_kept_when_one_comes_or_goes(tmp_path: Path) -> None:
+    model, x = crowd(3), torch.randn(2, 16)
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    model.save_pretrained(tmp_path, selected_adapters=["n0"])
+    expected = {name: forward_with(model, name, x) for name in ("n0", "n1", "n2")}
+    model.set_adapter("n1")
+    layer = model.base_model.model.lin0
+    bound = layer._program
+    model.load_adapter(tmp_path / "n0", "new")
+    model.delete_adapter("n2")
+    assert layer._program is bound
+    assert torch.equal(model(x), expected["n1"])
+    with peftlite.use_adapter(model, "n1"):
+        model.delete_adapter("new")
+        assert torch.equal(model(x), expected["n1"])
+    with peftlite.use_adapter(model, "n0"):
+        model.add_adapter("new", peftlite.LoraConfig(**LORA, init_lora_weights=False))
+        assert torch.equal(model(x), expected["n0"])
+        assert not torch.equal(forward_with(model, "new", x), expected["n1"])
+    model.delete_adapter("new")
+    model.load_adapter(tmp_path / "n0", "new")
+    assert torch.equal(forward_with(model, "new", x), expected["n0"])
+    model.set_adapter(["n1", "new"])
+    with peftlite.use_adapter(model, "new"):
+        model.delete_adapter("new")
+        with pytest.raises(AdapterNameError, match="`new`"):
+            model(x)
+    assert torch.equal(model(x), expected["n1"])
+
+
+def forward_with(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    with peftlite.use_adapter(model, name):
+        y: Tensor = model(x)
+    return y

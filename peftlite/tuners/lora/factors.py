@@ -301,4 +301,5 @@ def uniform(shape: tuple[int, ...], fan_in: int, at: Placement) -> Tensor:
 
 def zeros(shape: tuple[int, ...], at: Placement) -> Tensor:
     """Zeros where the adapter goes."""
-    return torch.zeros(shape, dtype=at.dtype, device=at.device)
+    make = torch.empty if at.device.type == "meta" else torch.zeros  # which would run as Python there
+    return make(shape, dtype=at.dtype, device=at.device)
