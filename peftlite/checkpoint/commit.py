@@ -134,16 +134,30 @@ def _lock(directory: Path) -> Iterator[bool]:
     if _flock is None:
         yield False
         return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
+    with _Handle(directory) as handle:
         alone = True
         try:
             _flock(handle)
         except OSError:
             alone = False
         yield alone
-    finally:
-        os.close(handle)
+
+
+class _Handle:
+    """A directory held open; a lock on it ends with the last reference, should Ctrl-C strike where a block ends."""
+
+    def __init__(self, directory: Path) -> None:
+        self._open = [os.open(directory, os.O_RDONLY)]
+
+    def __enter__(self) -> int:
+        return self._open[0]
+
+    def __exit__(self, *exception: object) -> None:
+        while self._open:
+            os.close(self._open.pop())
+
+    def __del__(self) -> None:
+        self.__exit__()
 
 
 def _write(path: Path, write: Writer) -> None:
@@ -156,14 +170,12 @@ def _write(path: Path, write: Writer) -> None:
 def _flush_directory(directory: Path) -> None:
     if os.name == "nt":
         return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that cannot flush a directory
-            raise
-    finally:
-        os.close(handle)
+    with _Handle(directory) as handle:
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that cannot flush a directory
+                raise
 
 
 # ---- reading
