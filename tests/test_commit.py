@@ -37,15 +37,21 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs flock")
-def test_a_save_that_is_stopped_where_it_unlocks_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_is_stopped_where_it_unlocks_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fcntl
+
+    def stopped_save() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(commit._Handle, "__exit__", stop)
+            write_adapter(tmp_path, TEXT, tensors())
 
     def stop(*exception: object) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
-        patch.setattr(commit._Handle, "__exit__", stop)
-        write_adapter(tmp_path, TEXT, tensors())
+    with pytest.raises(KeyboardInterrupt):
+        stopped_save()
     handle = os.open(tmp_path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
