@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from benchmarks.harness import Checked, Goal, Row, pair, same
-from benchmarks.models import STACK, Stack, both, by_hand, in_float64, merged
+from benchmarks.harness import Checked, Goal, Row, error, pair, same
+from benchmarks.models import STACK, Stack, both, by_hand, in_float64, merged, running
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 NO_WORSE = Goal(1.05)  # differences under 5 % are noise
@@ -31,7 +31,14 @@ def name_of(dtype: torch.dtype) -> str:
 
 def compare(theirs: nn.Module, ours: nn.Module, dtype: torch.dtype, x: torch.Tensor) -> Checked:
     truth = in_float64(by_hand(theirs))(x.double())
-    return same(theirs(x), ours(x), TOLERANCE[dtype], truth)
+    checked = same(theirs(x), ours(x), TOLERANCE[dtype], truth)
+    more = {name: error(model(x), truth) for name, model in options(ours, dtype).items()}
+    return Checked({**checked.outputs, **more})
+
+
+def options(ours: nn.Module, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """What has a column of its own beside the defaults."""
+    return {"base dtype": running(ours, compute_dtype="base")} if dtype is torch.bfloat16 else {}
 
 
 @torch.no_grad()
@@ -40,6 +47,7 @@ def small(dtype: torch.dtype, shape: tuple[int, ...], repeat: int) -> Row:
     x, base = torch.randn(shape).to(dtype), theirs[0].base_layer
     checked = compare(theirs, ours, dtype, x)
     actions = {"floor": lambda: base(x), "peft": lambda: theirs[0](x), "peftlite": lambda: ours[0](x)}
+    actions |= {name: (lambda m=model[0]: m(x)) for name, model in options(ours, dtype).items()}  # type: ignore[index,misc]
     found = pair(checked, actions, repeat=repeat)
     title = f"one layer, 64 x 64, {name_of(dtype)} {list(shape)}"
     if dtype is torch.bfloat16:
@@ -56,6 +64,7 @@ def real(kind: str, dtype: torch.dtype, h: int, size: tuple[int, int], goals: tu
     x = torch.randn(*size, h).to(dtype)
     checked = compare(theirs, ours, dtype, x[:1, :32])
     models = {"floor": base, "peft": theirs, "peftlite": ours, "by hand": by_hand(theirs), "merged": merged(ours)}
+    models |= options(ours, dtype)
     rounds = 21 if kind == "decode" else 9
     found = pair(checked, {name: (lambda m=model: m(x)) for name, model in models.items()}, rounds)  # type: ignore[misc]
     return Row(f"{kind} {size[0]} x {size[1]}, {name_of(dtype)}, width {h}", "ms", found, goals, checked)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import peftlite
-from benchmarks.calls import name_of
-from benchmarks.harness import Goal, Row, pair, same
+from benchmarks.calls import name_of, options
+from benchmarks.harness import Checked, Goal, Row, error, pair, same
 from benchmarks.models import STACK, Stack, given_numbers
 
 
@@ -47,12 +47,15 @@ def mixed(dtype: torch.dtype, width: int, batch: int, length: int, adapters: int
     tolerance = 0.1 if dtype is torch.bfloat16 else 1e-3
     truth = in_float64(theirs, x, order)
     checked = same(theirs(x, adapter_names=order), ours(x, adapter_names=order), tolerance, truth)
+    more = {name: (lambda m=model: m(x, adapter_names=order)) for name, model in options(ours, dtype).items()}  # type: ignore[misc]
+    checked = Checked({**checked.outputs, **{name: error(call(), truth) for name, call in more.items()}})
     found = pair(
         checked,
         {
             "floor": lambda: ours(x),
             "peft": lambda: theirs(x, adapter_names=order),
             "peftlite": lambda: ours(x, adapter_names=order),
+            **more,
         },
         rounds=7,
     )

@@ -113,6 +113,13 @@ def in_float64(hand: nn.Module) -> nn.Module:
     return model.double()
 
 
+def running(ours: nn.Module, **runtime: str) -> nn.Module:
+    """A copy whose adapters run as a `LoraRuntimeConfig` with these fields says."""
+    model = copy.deepcopy(ours)
+    peftlite.set_runtime_config(model, peftlite.LoraRuntimeConfig(**runtime))  # type: ignore[arg-type]
+    return model
+
+
 def merged(ours: nn.Module) -> nn.Module:
     """A copy with the adapter merged for good."""
     model = peftlite.merge_and_unload(copy.deepcopy(ours))

@@ -19,6 +19,7 @@ COLUMNS: Mapping[str, str] = {
     "merged": "merged",
     "by hand": "by hand",
     "peftlite": "peftlite",
+    "base dtype": "base dtype",
 }
 COLOURS = {"peft": "#c44e52", "peftlite": "#3b6ea5", "floor": "#999999", "by hand": "#dd8452", "merged": "#55a868"}
 TITLES = {
@@ -42,7 +43,8 @@ outputs of both were compared; nothing is timed before that.
   ratio of the medians by the wall clock. Ratios are peftlite to PEFT, so smaller is better. Differences under 5 % are
   noise.
 - The floor is the same work without adapters, if the table does not say otherwise. *By hand* is LoRA written in six
-  lines of plain PyTorch, *merged* the model with the adapter merged into its weights.
+  lines of plain PyTorch, *merged* the model with the adapter merged into its weights. *Base dtype* is peftlite with
+  `LoraRuntimeConfig(compute_dtype="base")`, an option, which no ratio and no goal is about.
 - Errors are relative to the same formulas in float64: the norm of the difference by the norm of the result. Those of
   gradients are the median over the input's and all parameters', without dropout.
 - Bytes are of tensors, counted in PyTorch, where the table does not say resident memory.
@@ -101,6 +103,7 @@ def table(rows: Sequence[Row]) -> str:
         "met": lambda row: {None: "", True: "yes", False: "**no**"}[row.met],
         "errors, PEFT": lambda row: errors(row, "peft"),
         "errors, peftlite": lambda row: errors(row, "peftlite"),
+        "errors, base dtype": lambda row: errors(row, "base dtype"),
     }
     cells = {title: [cell(row) for row in rows] for title, cell in columns.items()}
     return markdown({title: column for title, column in cells.items() if any(column)})

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from benchmarks.calls import TOLERANCE, name_of
+from benchmarks.calls import TOLERANCE, name_of, options
 from benchmarks.harness import Checked, Goal, Row, agree, amounts, error, pair, same, saved_bytes
 from benchmarks.live import Live
-from benchmarks.models import ALL, Block, both, by_hand, in_float64, merged
+from benchmarks.models import ALL, Block, both, by_hand, in_float64, merged, running
 
 SEEN = 32  # tokens that are compared with float64
 
@@ -35,8 +35,10 @@ def block(dtype: torch.dtype, h: int, dropout: float, goal: float | None, kept: 
     theirs, ours = both(base, target_modules=ALL, r=16, lora_dropout=dropout)
     hand = by_hand(theirs)
     x = torch.randn(4, 128, h).to(dtype)
-    checked = compare({"peft": theirs, "peftlite": ours, "truth": in_float64(hand)}, x[:1, :SEEN], TOLERANCE[dtype])
-    models = {"floor": base, "peft": theirs, "peftlite": ours, "by hand": hand, "merged": merged(ours)}
+    more = options(ours, dtype)
+    compared = {"peft": theirs, "peftlite": ours, **more, "truth": in_float64(hand)}
+    checked = compare(compared, x[:1, :SEEN], TOLERANCE[dtype])
+    models = {"floor": base, "peft": theirs, "peftlite": ours, "by hand": hand, "merged": merged(ours), **more}
     for model in models.values():
         model.train()
     title = f"{name_of(dtype)}, dropout {dropout:g}, width {h}"
@@ -45,6 +47,8 @@ def block(dtype: torch.dtype, h: int, dropout: float, goal: float | None, kept: 
     yield Row(f"training step, {title}", "ms", found, () if goal is None else (Goal(goal),), checked)
     if kept is None:
         return
+    if dropout:
+        yield from seeded(title, models, x, checked)
     own = {name: kept_for_backward(model, x) for name, model in models.items() if name != "merged"}
     floor = own.pop("floor")
     own = {name: size - floor for name, size in own.items()}
@@ -52,6 +56,19 @@ def block(dtype: torch.dtype, h: int, dropout: float, goal: float | None, kept: 
     if dtype is torch.bfloat16 and dropout:
         most = amounts({name: most_alive(model, x) for name, model in models.items()})
         yield Row(f"most bytes alive in a step, {title}", "MiB", most, (Goal(0.70),), checked)
+
+
+def seeded(title: str, models: Mapping[str, nn.Module], x: Tensor, checked: Checked) -> Iterator[Row]:
+    """The same with `dropout_mask="seed"`, which keeps no mask."""
+    ours = running(models["peftlite"], dropout_mask="seed")
+    found = {"floor": models["floor"], "peft": models["peft"], "peftlite": ours}
+    actions = {name: (lambda m=model: step(m, x)) for name, model in found.items()}  # type: ignore[misc]
+    yield Row(f'training step, `dropout_mask="seed"`, {title}', "ms", pair(checked, actions, rounds=7), (), checked)
+    own = {name: kept_for_backward(model, x) for name, model in found.items()}
+    floor = own.pop("floor")
+    sizes = amounts({name: size - floor for name, size in own.items()})
+    measure = f'LoRA\'s own bytes kept for backward, `dropout_mask="seed"`, {title}'
+    yield Row(measure, "MiB", sizes, (Goal(0.15),) if x.dtype is torch.bfloat16 else (), checked)
 
 
 def step(model: nn.Module, x: Tensor) -> None:
@@ -70,11 +87,13 @@ def compare(models: Mapping[str, nn.Module], x: Tensor, tolerance: float) -> Che
             outputs[name].backward(start.detach())
         gradients[name] = [start.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
         model.zero_grad()
-    checked = same(outputs["peft"], outputs["peftlite"], tolerance, outputs["truth"])
-    errors = {name: sorted(map(error, gradients[name], gradients["truth"])) for name in ("peft", "peftlite")}
+    same(outputs["peft"], outputs["peftlite"], tolerance, outputs["truth"])
+    truths = outputs.pop("truth"), gradients.pop("truth")
+    errors = {name: sorted(map(error, found, truths[1])) for name, found in gradients.items()}
     worst = {name: max(found) for name, found in errors.items()}
     agree(worst["peftlite"] <= max(2 * worst["peft"], 1e-5), f"the errors of their gradients are {worst}")
-    return Checked(checked.outputs, {name: found[len(found) // 2] for name, found in errors.items()})
+    medians = {name: found[len(found) // 2] for name, found in errors.items()}
+    return Checked({name: error(output, truths[0]) for name, output in outputs.items()}, medians)
 
 
 @contextmanager

@@ -109,6 +109,7 @@ if TYPE_CHECKING:
         LoraGAConfig,
         LoraRuntimeConfig,
     )
+    from peftlite.tuners.lora.runtime import set_runtime_config
     from peftlite.tuners.trainable_tokens import TrainableTokensConfig
     from peftlite.tuners.vera import VeraConfig
 
@@ -206,6 +207,7 @@ __all__ = [
     "set_adapter",
     "set_peft_model_state_dict",
     "set_requires_grad",
+    "set_runtime_config",
     "unload",
     "unmerge_adapter",
     "update_and_allocate",
@@ -312,6 +314,7 @@ _HOMES = {
         "LoraGAConfig",
         "LoraRuntimeConfig",
     ),
+    "peftlite.tuners.lora.runtime": ("set_runtime_config",),
     "peftlite.tuners.trainable_tokens": ("TrainableTokensConfig",),
     "peftlite.tuners.vera": ("VeraConfig",),
 }

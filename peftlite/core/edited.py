@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from peftlite.core.hosts import ParamHost, swapped
+from peftlite.core.hosts import ParamHost, call_swapped, swapped
 from peftlite.core.merging import MergingLayer
 
 
@@ -61,7 +60,4 @@ class Edited:
         changed: dict[str, Any] = {}
         for edit in self.edits:
             changed = edit.edits() | changed
-        twin = swapped(self.base, changed) if changed else self.base
-        if changed and torch.compiler.is_compiling() and not (twin._forward_pre_hooks or twin._forward_hooks):
-            return type(self.base).forward(twin, *args, **kwargs)  # dynamo finds no closures of what it made itself
-        return twin(*args, **kwargs)
+        return call_swapped(self.base, changed, *args, **kwargs) if changed else self.base(*args, **kwargs)

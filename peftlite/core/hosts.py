@@ -376,6 +376,14 @@ def swapped(module: nn.Module, edits: Mapping[str, Any]) -> nn.Module:
     return twin
 
 
+def call_swapped(module: nn.Module, edits: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """The module called with some parameters or children replaced, for this call only."""
+    twin = swapped(module, edits)
+    if torch.compiler.is_compiling() and not (twin._forward_pre_hooks or twin._forward_hooks):
+        return type(module).forward(twin, *args, **kwargs)  # dynamo finds no closures of what it made itself
+    return twin(*args, **kwargs)
+
+
 def known_kinds() -> list[str]:
     """The names of the kinds of layer that have a host, for error messages."""
     return sorted(kind.__name__ for kind in _BY_TYPE)

@@ -242,6 +242,7 @@ class View:
                 (own if slot.kind is ModuleSlot else self.bound)[slot.name] = held[name]
         for number in layer.tuner.numbers:
             own[number] = layer.__dict__[number].get(name)
+        own["config"] = layer.state.configs.get(name)
 
     def __getattr__(self, slot: str) -> Any:
         if slot.startswith("__"):

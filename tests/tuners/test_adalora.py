@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import peftlite
-from peftlite.core.lifecycle import find_state
-from peftlite.core.tree import layers
+from peftlite.core.tree import find_state, layers
 from peftlite.errors import ConfigError, PeftliteWarning, StateError, UnsupportedFeatureError, UnsupportedLayerError
 from peftlite.tuners.adalora.allocation import Allocation
 from tests.models import batch, tiny

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftlite
-from peftlite.core.lifecycle import find_state
-from peftlite.core.tree import layers
+from peftlite.core.tree import find_state, layers
 from peftlite.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from tests.models import batch, tiny
 from tests.tuners.pairs import Pair, apart

@@ -8,8 +8,9 @@ from typing import ClassVar, Final
 
 from peftlite.checks import check_int, check_number, check_pattern, show, wrong
 from peftlite.config import PeftType, register_config
-from peftlite.errors import ConfigError, warn
+from peftlite.errors import ConfigError, UnsupportedFeatureError, warn
 from peftlite.tuners.lora.config import LoraConfig
+from peftlite.tuners.lora.options import LoraRuntimeConfig
 
 WITHOUT_EFFECT: Final = ("r", "use_rslora", "alpha_pattern", "lora_bias")
 
@@ -44,6 +45,16 @@ class AdaLoraConfig(LoraConfig):
         *("use_dora", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config"),
         *("layer_replication", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
     )
+
+    def check_runtime(self, value: object) -> LoraRuntimeConfig:
+        runtime = super().check_runtime(value)
+        for name in ("compute_dtype", "dropout_mask"):
+            if getattr(runtime, name) != getattr(LoraRuntimeConfig, name):
+                raise UnsupportedFeatureError(
+                    f"`{name}` of `runtime_config` is {show(getattr(runtime, name))}, which AdaLoRA does not have; it "
+                    f"can only be `{getattr(LoraRuntimeConfig, name)}`. Nothing was changed."
+                )
+        return runtime
 
     def __post_init__(self) -> None:
         super().__post_init__()

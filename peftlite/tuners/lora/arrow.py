@@ -130,7 +130,7 @@ class Experts:
             ],
             -1,
         )  # (..., sum of ranks)
-        A, B = (torch.cat(side, dim) for dim, side in enumerate(zip(*pairs, strict=True)))
+        A, B = (torch.cat(side, dim).to(entered.dtype) for dim, side in enumerate(zip(*pairs, strict=True)))
         return F.linear(F.linear(entered, A) * gates, B)
 
 

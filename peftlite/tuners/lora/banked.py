@@ -24,6 +24,7 @@ from peftlite.core.rows import Order, split
 from peftlite.core.slots import View
 from peftlite.tuners.lora.blocks import rows_at_once
 from peftlite.tuners.lora.bound import Parts, globally_hooked
+from peftlite.tuners.lora.factors import in_base_dtype
 from peftlite.tuners.lora.passes import add_product, low_of
 
 Groups = Sequence[tuple[int, int]]
@@ -55,6 +56,7 @@ class LoraBank:
         self.scales = [a.scaling for a in present]
         self.scale_tensors = [s if isinstance(s, Tensor) else torch.tensor(float(s)) for s in self.scales]
         self.dropouts = [a.lora_dropout for a in present]
+        self.in_base_dtype = any(in_base_dtype(a) for a in present)  # and so all
         self.drops = any(type(dropout) is nn.Dropout for dropout in self.dropouts)
         self.bare = Parts(self.base)
         self.parts = Parts(*(part for a in present for part in (a.lora_A, a.lora_B, a.lora_dropout)))
@@ -69,6 +71,9 @@ class LoraBank:
         if p is None or not are_plain([*As, *Bs]):
             return None
         batched = compiling or x.device.type != "cpu"
+        many = batched or x.numel() > x.shape[-1] * sum(map(len, As))  # vectors; of few, casting factors is more work
+        if self.in_base_dtype and many:
+            As, Bs = ([factor.to(self.layer.host.dtype) for factor in factors] for factors in (As, Bs))
         if not batched and not torch.is_grad_enabled() and not p and self.base_is_plain():
             return self.infer(x, order, As, Bs)
         y: Tensor = self.base(x)

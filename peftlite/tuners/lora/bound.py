@@ -24,8 +24,9 @@ from torch.nn.modules import module as torch_module
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
 from peftlite.tuners.lora.blocks import is_large
-from peftlite.tuners.lora.masks import drawn, kept
-from peftlite.tuners.lora.passes import Saved, add_product, gradients, low_of
+from peftlite.tuners.lora.factors import in_base_dtype
+from peftlite.tuners.lora.masks import drawn, kept, new_seed
+from peftlite.tuners.lora.passes import How, Kept, add_product, gradients, low_of
 
 _SMALL = 1 << 17  # elements of x below which a Function in Python costs more than it saves
 
@@ -39,49 +40,55 @@ _GLOBAL_HOOKS = (
 
 
 class FusedLora(torch.autograd.Function):
-    """y = x W^T + b + s drop(x) A^T B^T with W frozen; low-rank products in A's dtype, casts are transient.
+    """y = x W^T + b + s drop(x) A^T B^T with W frozen; casts for the low-rank products are transient.
 
-    x: (..., in), W: (out, in), A: (r, in), B: (out, r), s: scaling, p: dropout probability. Gradients: x, b, A, B.
+    x: (..., in), W: (out, in), A: (r, in), B: (out, r). Gradients: x, b, A, B.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float, p: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: How) -> Tensor:
         y = F.linear(x, W, bias)
         flat = x.reshape(-1, x.shape[-1])
-        bits = drawn(flat, p) if p else None
-        s = s / (1 - p)
-        u = low_of(flat, bits, A)  # (rows, r)
-        add_product(y.view(-1, y.shape[-1]), u, B.t(), s)
-        ctx.save_for_backward(x, u, A, B, W, bits)
-        ctx.s = s
+        seed = new_seed() if how.p and how.seeded else None
+        bits = drawn(flat, how.p, seed) if how.p else None
+        s = how.s / (1 - how.p)
+        u = low_of(flat, bits, A.to(how.dtype))  # (rows, r)
+        add_product(y.view(-1, y.shape[-1]), u, B.to(how.dtype).t(), s)
+        ctx.save_for_backward(x, A, B, W, *((u, bits) if seed is None else (None, None)))
+        ctx.how, ctx.s, ctx.seed = how, s, seed
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        saved, s, need = ctx.saved_tensors, ctx.s, ctx.needs_input_grad  # asked for once: checkpoints allow no more
+        saved, how, s, need = ctx.saved_tensors, ctx.how, ctx.s, ctx.needs_input_grad  # once: checkpoints allow no more
         g = grad.reshape(-1, grad.shape[-1])
+        x, A, B, W, u, bits = saved
+        flat = x.reshape(-1, x.shape[-1])
+        if ctx.seed is not None:
+            bits = drawn(flat, how.p, ctx.seed)
         if torch.is_grad_enabled():
-            return *differentiable(saved, s, need, g), None, None
-        x, _, A, _, W, bits = saved
-        gu, gA, gB = gradients(saved, s, need, g)
+            return *differentiable(Kept(x, A, B, W, u, bits), s, how.dtype, need, g), None
+        if u is None:
+            u = low_of(flat, bits, A.to(how.dtype))
+        gu, gA, gB = gradients(Kept(x, A, B, W, u, bits), s, how.dtype, need, g)
         gx = None
         if need[0]:
             gx = torch.mm(g, W)
-            add_product(gx, gu, A, bits=bits)
+            add_product(gx, gu, A.to(how.dtype), bits=bits)
             gx = gx.view(x.shape)
-        return gx, None, g.sum(0) if need[2] else None, gA, gB, None, None
+        return gx, None, g.sum(0) if need[2] else None, gA, gB, None
 
 
-def differentiable(saved: Saved, s: float, need: Sequence[bool], g: Tensor) -> tuple[Tensor | None, ...]:
+def differentiable(
+    saved: Kept, s: float, dtype: torch.dtype, need: Sequence[bool], g: Tensor
+) -> tuple[Tensor | None, ...]:
     """The gradients of x, W, b, A, B by operations that have gradients themselves; so u is made again from x and A."""
-    x, _, A, B, W, bits = saved
-    wide, given = g.to(A.dtype), kept(x.reshape(-1, x.shape[-1]).to(A.dtype), bits)
-    gu = torch.mm(wide, B * s)
-    gx = (torch.mm(g, W) + kept(torch.mm(gu, A), bits)).to(x.dtype).view(x.shape) if need[0] else None
-    gA = torch.mm(gu.t(), given) if need[3] else None
-    gB = torch.mm(wide.t(), torch.mm(given, A.t())) * s if need[4] else None
+    x, A, B, W, _, bits = saved
+    wide, given = g.to(dtype), kept(x.reshape(-1, x.shape[-1]).to(dtype), bits)
+    gu = torch.mm(wide, (B * s).to(dtype))
+    gx = (torch.mm(g, W) + kept(torch.mm(gu, A.to(dtype)), bits)).to(x.dtype).view(x.shape) if need[0] else None
+    gA = torch.mm(gu.t(), given).to(A.dtype) if need[3] else None
+    gB = (torch.mm(wide.t(), torch.mm(given, A.to(dtype).t())) * s).to(B.dtype) if need[4] else None
     return gx, None, g.sum(0) if need[2] else None, gA, gB
 
 
@@ -134,6 +141,7 @@ class BoundLinear:
         self.dropout = drop if type(drop) is nn.Dropout else None
         parts = Parts(base, down, up, drop)
         self.own, self.hooks = parts.own, (*parts.hooks, *_GLOBAL_HOOKS)
+        self.in_base_dtype, self.seeded = in_base_dtype(a), a.config.runtime_config.dropout_mask == "seed"
         self.views: Views | None = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +168,8 @@ class BoundLinear:
             # with dropout, nothing here depends on `wanted`: a recomputation with gradients must draw the same mask
             if by_torch or W.requires_grad or p >= 1 or x.numel() < _SMALL:
                 return self.formula(x, W, bias, A, B, p)
-            return FusedLora.apply(x, W, bias, A, B, self.s, p)  # type: ignore[no-untyped-call]
+            how = How(self.s, p, W.dtype if self.in_base_dtype else A.dtype, self.seeded)
+            return FusedLora.apply(x, W, bias, A, B, how)  # type: ignore[no-untyped-call]
         views = self.views  # one tuple, read once: threads share this object
         if views is None or not (A.is_set_to(views[0]) and B.is_set_to(views[1])):
             views = self.views = views_of(A, B)
@@ -170,15 +179,17 @@ class BoundLinear:
         if A.dtype is y.dtype:
             y.addmm_(torch.mm(flat, views[2]), views[3], alpha=self.s)
         else:
-            self.add_wide(y, flat, A, views)
+            self.add_cast(y, flat, A, views)
         if len(shape) == 3:  # the most frequent; each dimension as an argument is the cheapest
             return y.view(shape[0], shape[1], y.shape[1])
         return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
 
-    def add_wide(self, y: Tensor, x: Tensor, A: Tensor, views: Views) -> None:
+    def add_cast(self, y: Tensor, x: Tensor, A: Tensor, views: Views) -> None:
         """Add s B A x to y, where A has another dtype: y (rows, out), x (rows, in)."""
         _, _, At, Bt = views
-        if is_large(x) or is_large(y) or A.dtype.itemsize <= y.dtype.itemsize:
+        if self.in_base_dtype and len(x) > len(A):  # with fewer rows, casting the factors is the more work
+            y.addmm_(torch.mm(x, At.to(x.dtype)), Bt.to(x.dtype), alpha=self.s)
+        elif is_large(x) or is_large(y) or A.dtype.itemsize <= y.dtype.itemsize:
             add_product(y, low_of(x, None, A), Bt, self.s)
         else:
             u = torch.mm(x.type_as(A), At)
@@ -187,5 +198,11 @@ class BoundLinear:
     def formula(self, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, p: float) -> Tensor:
         """By torch's own operations: what it compiles and transforms, and with small inputs is the faster."""
         y = F.linear(x, W, bias)
-        low = F.dropout(x.to(A.dtype), p) if p else x.to(A.dtype)
-        return (y + F.linear(F.linear(low, A), B) * self.s).to(y.dtype)
+        if self.in_base_dtype:
+            A, B = A.to(W.dtype), B.to(W.dtype)
+        low = F.linear(F.dropout(x.to(A.dtype), p) if p else x.to(A.dtype), A)
+        if p or A.dtype is not y.dtype or is_compiling():
+            return (y + F.linear(low, B) * self.s).to(y.dtype)
+        # rounded once, as without gradients, so that a recomputation gives the same bits
+        rows = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), B.t(), alpha=self.s)
+        return rows.view(y.shape)

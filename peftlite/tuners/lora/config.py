@@ -169,6 +169,13 @@ class LoraConfig(PeftConfig):
         """The numbers for the module at this path."""
         return LoraSite(self.rank_for(path), self.alpha_for(path), self.scaling_for(path), self.lora_dropout)
 
+    def check_runtime(self, value: object) -> LoraRuntimeConfig:
+        """What may stand in `runtime_config`; a dict and None become one.
+
+        Raises: ConfigError, or UnsupportedFeatureError of a method that does not have what is asked for.
+        """
+        return options("runtime_config", value, LoraRuntimeConfig) or LoraRuntimeConfig()
+
     def _check_unbuilt(self) -> None:
         for name in self.absent:
             if getattr(self, name):
@@ -224,6 +231,7 @@ class LoraConfig(PeftConfig):
                 "`LoftQConfig(loftq_bits=4)`. Nothing was changed."
             )
         self.loftq_config = {} if loftq is None else plain(loftq)
+        self.runtime_config = self.check_runtime(self.runtime_config)
         self.trainable_token_indices = check_token_field(self.trainable_token_indices)
         self.qalora_group_size = check_int("qalora_group_size", self.qalora_group_size, 1)
         self.alora_invocation_tokens = check_tokens("alora_invocation_tokens", self.alora_invocation_tokens)

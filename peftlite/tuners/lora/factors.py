@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from peftlite.core.hosts import ALL_ROWS, ConvHost, EmbeddingHost, Host, LinearHost, ParamHost, widened
+from peftlite.core.hosts import (
+    ALL_ROWS,
+    ConvHost,
+    EmbeddingHost,
+    Host,
+    LinearHost,
+    ParamHost,
+    call_swapped,
+    widened,
+)
 from peftlite.core.slots import View, build_linear
 from peftlite.core.variant import Placement
 from peftlite.tuners.lora.config import LoraConfig
@@ -45,7 +54,9 @@ def outer(host: Host, a: View, rows: slice) -> Tensor:
 @singledispatch
 def entering(host: Host, a: View, x: Tensor) -> Tensor:
     """What the first factor is given for the layer's input x: in the factors' dtype, after dropout."""
-    entered: Tensor = a.lora_dropout(x.to(a.lora_A.weight.dtype) if a.layer.state.cast_inputs else x)
+    if a.layer.state.cast_inputs:
+        x = x.to(host.dtype if in_base_dtype(a) else a.lora_A.weight.dtype)
+    entered: Tensor = a.lora_dropout(x)
     return entered
 
 
@@ -58,6 +69,8 @@ def drops(host: Host, a: View) -> bool:
 @singledispatch
 def low_rank(host: Host, a: View, entered: Tensor) -> Tensor:
     """B A applied to what `entering` gave, without scaling; by calling the modules, so that hooks on them run."""
+    if in_base_dtype(a) and a.layer.state.cast_inputs:
+        return called(a.lora_B, called(a.lora_A, entered))
     y: Tensor = a.lora_B(a.lora_A(entered))
     return y
 
@@ -152,7 +165,8 @@ def _(host: EmbeddingHost, a: View) -> bool:
 @low_rank.register
 def _(host: EmbeddingHost, a: View, entered: Tensor) -> Tensor:
     B: Tensor = a.lora_embedding_B
-    return host.apply(entered, a.lora_embedding_A) @ B.T
+    low = host.apply(entered, a.lora_embedding_A)
+    return low.to(host.dtype) @ B.T.to(host.dtype) if in_base_dtype(a) else low @ B.T
 
 
 @cannot_adapt.register
@@ -273,6 +287,18 @@ def known_to_forward(host: Host) -> None:
     """Look up once what forward asks about this kind of host: a first look-up while compiling would compile twice."""
     for question in IN_FORWARD:
         question.dispatch(type(host))
+
+
+def in_base_dtype(a: View) -> bool:
+    """Whether the low-rank products are computed in the base layer's dtype."""
+    return bool(a.config.runtime_config.compute_dtype == "base")
+
+
+def called(factor: nn.Module, x: Tensor) -> Tensor:
+    """A factor called in the dtype of its input."""
+    cast = {name: p.to(x.dtype) for name, p in factor._parameters.items() if p is not None and p.dtype != x.dtype}
+    y: Tensor = call_swapped(factor, cast, x) if cast else factor(x)
+    return y
 
 
 def groups_of(host: Host) -> int:

@@ -20,8 +20,12 @@ _SPREAD = 0x0101010101010101  # times a byte: eight times that byte
 _SELECT = -0x7FBFDFEFF7FBFDFF  # 0x8040201008040201: of eight bytes, one bit each, the lowest of the first
 
 
-def drawn(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """A bit for each element of x (rows, width), 1 with probability 1 - p: (rows, width / 8, rounded up)."""
+def drawn(x: Tensor, p: float, seed: int | None = None) -> Tensor:
+    """A bit for each element of x (rows, width), 1 with probability 1 - p: (rows, width / 8, rounded up).
+
+    With a seed they are the same each time; without, they come from the device's own generator.
+    """
+    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
     bits = torch.empty(len(x), (x.shape[1] + 7) // 8, dtype=torch.uint8, device=x.device)
     least = min(round(p * _LEVELS), _LEVELS - 1) - _LEVELS // 2
     for rows in blocks(x):
@@ -30,6 +34,11 @@ def drawn(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tens
         keep = random.random_(-(2**63), None, generator=generator).view(torch.int16).ge_(least)
         part.copy_(keep.to(torch.uint8).view(torch.int64).mul_(_GATHER) >> 56)
     return bits
+
+
+def new_seed() -> int:
+    """A number from the generator of the CPU, which checkpoints restore, so that no device is waited for."""
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def opened(bits: Tensor, width: int) -> Tensor:

@@ -13,19 +13,28 @@ from peftlite.errors import ConfigError, nearest, warn
 O = TypeVar("O")  # noqa: E741 - one of the classes below
 
 DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
+COMPUTE_DTYPES = ("adapter", "base")
+DROPOUT_MASKS = ("bits", "seed")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
 
 @dataclass(frozen=True)
 class LoraRuntimeConfig:
-    """How to run on this machine; never part of a file.
+    """How to run on this machine; never part of a file. `set_runtime_config` changes it later.
 
-    `ephemeral_gpu_offload` has no effect, with a warning: DoRA's norms take no product that a GPU would be needed for.
+    `compute_dtype`: "adapter" computes the low-rank products in the factors' own dtype; "base" in the base layer's,
+    which in half precision is faster and less exact. `dropout_mask`: what backward is left of a dropout mask, "bits",
+    one for each element, or "seed", from which it is drawn again. `ephemeral_gpu_offload` has no effect, with a
+    warning: DoRA's norms take no product that a GPU would be needed for.
     """
 
     ephemeral_gpu_offload: bool = False
+    compute_dtype: str = "adapter"
+    dropout_mask: str = "bits"
 
     def __post_init__(self) -> None:
+        check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        check_choice("dropout_mask", self.dropout_mask, DROPOUT_MASKS)
         if check_bool("ephemeral_gpu_offload", self.ephemeral_gpu_offload):
             warn("`ephemeral_gpu_offload=True` has no effect: DoRA's norms are cheap on a CPU. Leave it out.")
 

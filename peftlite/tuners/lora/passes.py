@@ -7,6 +7,7 @@ Elsewhere all rows go at once. None of this is differentiable: it is for inferen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,28 @@ from torch import Tensor
 from peftlite.tuners.lora.blocks import blocks, is_large
 from peftlite.tuners.lora.masks import opened
 
-Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, "Tensor | None"]
-"""What `FusedLora` keeps for backward: x, u = drop(x) A^T (rows, r), A, B, W, and the mask's bits."""
+
+class How(NamedTuple):
+    """What `FusedLora` is told beside tensors.
+
+    Scaling, probability of dropping, dtype of the low-rank products, whether masks are drawn again for backward.
+    """
+
+    s: float
+    p: float
+    dtype: torch.dtype
+    seeded: bool
+
+
+class Kept(NamedTuple):
+    """What backward works with: x, A, B, W as they are, u = drop(x) A^T (rows, r), and the mask's bits."""
+
+    x: Tensor
+    A: Tensor
+    B: Tensor
+    W: Tensor
+    u: Tensor
+    bits: Tensor | None
 
 
 def dropped_(x: Tensor, bits: Tensor | None, rows: slice) -> Tensor:
@@ -58,22 +79,32 @@ def add_product(y: Tensor, u: Tensor, B: Tensor, s: float = 1.0, bits: Tensor | 
             part.copy_(dropped_(torch.mm(u[rows], B), bits, rows).mul_(s).add_(part))
 
 
-def gradients(saved: Saved, s: float, need: Sequence[bool], g: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def gradients(
+    kept: Kept, s: float, dtype: torch.dtype, need: Sequence[bool], g: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(of u, of A, of B), the last two where needed, from the gradient g (rows, out) of s drop(x) A^T B^T.
 
     need: which gradients are needed, of the arguments of `FusedLora`.
     """
-    x, u, A, B, _, bits = saved
-    x, Bs = x.reshape(-1, x.shape[-1]), B * s
-    gu = A.new_empty(len(g), len(A))
+    x, A, B, _, u, bits = kept
+    x, Bs = x.reshape(-1, x.shape[-1]), (B * s).to(dtype)
+    gu = A.new_empty(len(g), len(A), dtype=dtype)
     gA = torch.zeros_like(A) if need[3] else None
-    gB = A.new_zeros(len(A), len(B)) if need[4] else None  # transposed: large matrices stay as they lie
+    gB = B.new_zeros(len(A), len(B)) if need[4] else None  # transposed: large matrices stay as they lie
     for rows in blocks(g):
-        wide = g[rows].to(A.dtype)
+        wide = g[rows].to(dtype)
         torch.mm(wide, Bs, out=gu[rows])
         if gB is not None:
-            gB.addmm_(u[rows].t(), wide, alpha=s)
+            add_sum(gB, u[rows], wide, s)
     if gA is not None:
         for rows in blocks(x):
-            gA.addmm_(gu[rows].t(), entered(x, bits, A.dtype, rows))
+            add_sum(gA, gu[rows], entered(x, bits, dtype, rows), 1.0)
     return gu, gA, None if gB is None else gB.t().contiguous()
+
+
+def add_sum(total: Tensor, low: Tensor, wide: Tensor, s: float) -> None:
+    """Add s low^T wide to the total, which may be of a wider dtype: (r, width), (rows, r), (rows, width)."""
+    if total.dtype == wide.dtype:
+        total.addmm_(low.t(), wide, alpha=s)
+    else:
+        total.add_(torch.mm(low.t(), wide), alpha=s)

@@ -21,6 +21,7 @@ from peftlite.tuners.lora.factors import (
     entering,
     entries,
     factors,
+    in_base_dtype,
     known_to_forward,
     low_rank,
     not_expressible,
@@ -86,7 +87,9 @@ class Lora(Additive):
         return BoundLinear(a, slow) if type(self) is Lora and suits(a) else None
 
     def bank(self, layer: Any, views: Sequence[View | None]) -> Bank | None:
-        return LoraBank(layer, views) if type(self) is Lora and all(a is None or banks(a) for a in views) else None
+        present = [a for a in views if a is not None]
+        alike = type(self) is Lora and all(map(banks, present)) and len(set(map(in_base_dtype, present))) < 2
+        return LoraBank(layer, views) if alike else None
 
     def why_not_merge(self, a: View) -> str | None:
         host: Host = a.layer.host

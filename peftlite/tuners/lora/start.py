@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from peftlite.core.hosts import ALL_ROWS, Host, LinearHost, ParamHost
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
-from peftlite.tuners.lora.factors import entering, low_rank, outer, pair, product
+from peftlite.tuners.lora.factors import entering, in_base_dtype, low_rank, outer, pair, product
 from peftlite.tuners.lora.inits.table import started
 from peftlite.tuners.lora.plain import Lora
 
@@ -54,7 +54,8 @@ class Shifted(Lora):
         start = start_of(host, a)
         if start is None:
             return y
-        return y - F.linear(F.linear(x.to(start[0].dtype), start[0]), start[1])
+        A, B = (factor.to(host.dtype) for factor in start) if in_base_dtype(a) else start
+        return y - F.linear(F.linear(x.to(A.dtype), A), B)
 
     def delta(self, a: View, rows: slice = ALL_ROWS) -> Tensor:
         host: Host = a.layer.host

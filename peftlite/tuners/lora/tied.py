@@ -44,7 +44,7 @@ class Followed(nn.Module):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype))
 
     def _get_name(self) -> str:
         return "Linear"
