@@ -339,11 +339,14 @@ def check_bare(model: nn.Module) -> None:
         )
 
 
-def prepare_for_gradient_checkpointing(model: nn.Module) -> None:
-    """Under gradient checkpointing, have the embeddings' output require gradients: no layer would get any otherwise."""
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether a model of transformers recomputes activations; it asks all of its modules."""
     checkpointing = getattr(model, "is_activation_checkpointing", None)  # in older versions `is_gradient_checkpointing`
-    if not (getattr(model, "is_gradient_checkpointing", False) if checkpointing is None else checkpointing):
-        return
+    return bool(getattr(model, "is_gradient_checkpointing", False) if checkpointing is None else checkpointing)
+
+
+def require_gradients_of_inputs(model: nn.Module) -> None:
+    """Have the embeddings' output require gradients: under gradient checkpointing, no layer would get any otherwise."""
     keep(model.__dict__, "_require_grads_hook", "_require_grads_hooks")
     for module in model.modules():
         keep_all(module._forward_hooks)

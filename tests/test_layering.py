@@ -33,6 +33,7 @@ ROOMS = (
 )
 CORE = (
     "transaction",
+    "lean",
     "slots",
     "state",
     "former",

@@ -127,12 +127,14 @@ class AdapterLayer(TiedLayer):
                 continue
             container = self.container(key)
             container[name] = value
-            if all(slot.name != key for slot in self.used):
-                put(self.__dict__, "used", tuple(s for s in self.tuner.slots if s in self.used or s.name == key))
             if isinstance(container, BufferSlot) and any(slot.derived for slot in self.tuner.slots if slot.name == key):
                 container.leave_out(name)
-            if isinstance(value, nn.Module) and value.training is not self.training:
+            if isinstance(value, nn.Module) and (value._modules or value.training is not self.training):
                 value.train(self.training)
+        known = {slot.name for slot in self.used} | values.keys()
+        used = tuple([slot for slot in self.tuner.slots if slot.name in known])
+        if len(used) > len(self.used):
+            put(self.__dict__, "used", used)
         for parameter in self.parameters_of(name):
             parameter.requires_grad_(False)
         self.unbind(name)
@@ -390,7 +392,7 @@ class AdapterLayer(TiedLayer):
         return {k: v for k, v in self.__dict__.items() if k not in _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._link()
 
     def _replicate_for_data_parallel(self) -> Any:

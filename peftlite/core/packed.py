@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core.hosts import ALL_ROWS, Dense, Host, Saved, widened
-from peftlite.core.slots import build_linear
 from peftlite.errors import MergeError, warn
 
 
@@ -93,7 +92,11 @@ class PackedHost(Host):
         """The same layer, not quantised. weight: (out, in)."""
         dense = self.read()
         bias = None if dense.bias is None else dense.bias.detach().to(dtype, copy=True)
-        layer = build_linear(self.shape[1], self.shape[0], dense.weight.to(dtype), bias)
+        out, into = self.shape
+        layer = nn.Linear(into, out, bias is not None, device="meta")
+        layer.weight = nn.Parameter(dense.weight.to(dtype), requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
         layer.training = self.layer.training
         return layer
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from peftlite.core.lean import Lean
 from peftlite.core.slots import Numbers
 from peftlite.core.transaction import atomic, put
 from peftlite.core.variant import TunerSpec
 from peftlite.errors import StateError
 
 
-class ScalingLayer(nn.Module):
+class ScalingLayer(Lean):
     """The side of an adapter layer that scales adapters, each relative to the scaling that its config gave it."""
 
     tuner: TunerSpec

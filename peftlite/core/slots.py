@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlite.core.lean import Lean
 from peftlite.core.transaction import drop, keep, on_failure, put
 
 
-class ModuleSlot(nn.ModuleDict):
+class ModuleSlot(Lean, nn.ModuleDict):
     """An `nn.ModuleDict` that takes any adapter name, also those of its own methods ("train", "type")."""
 
     @property
@@ -35,7 +36,7 @@ class ModuleSlot(nn.ModuleDict):
         drop(self._modules, key)
 
 
-class ParameterSlot(nn.ParameterDict):
+class ParameterSlot(Lean, nn.ParameterDict):
     """An `nn.ParameterDict` that takes any adapter name, and so keeps its parameters by key alone.
 
     Compiled code has parameters bound (see `View`), so `on_write` is called when one is replaced by another, with its
@@ -43,6 +44,10 @@ class ParameterSlot(nn.ParameterDict):
     """
 
     on_write: Callable[[str | None], None] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["_keys"] = {}  # torch's own list of keys, which stays empty
 
     def _replaced(self, name: str | None = None) -> None:
         if self.on_write is not None:
@@ -104,7 +109,7 @@ class ParameterSlot(nn.ParameterDict):
         return self._parameters.get(key, default)
 
 
-class BufferSlot(nn.Module):
+class BufferSlot(Lean):
     """Frozen tensors by adapter name; their state-dict keys are `<slot>.<adapter>`."""
 
     @property
@@ -196,7 +201,8 @@ class Slot:
 def state_of_module(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     """What `module.state_dict(keep_vars=True)` has, without its cost for the usual module that has parameters only."""
     plain = type(module)._save_to_state_dict is nn.Module._save_to_state_dict
-    if module._modules or module._buffers or module._state_dict_hooks or module._state_dict_pre_hooks or not plain:
+    hooked = any(map(module.__dict__.get, ("_state_dict_hooks", "_state_dict_pre_hooks")))
+    if module._modules or module._buffers or hooked or not plain:
         found: Iterable[tuple[str, Tensor]] = module.state_dict(keep_vars=True).items()
         return found
     return [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
@@ -210,7 +216,7 @@ class Numbers(dict[str, Any]):
         self.on_write: Callable[[str], None] | None = None
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if self.on_write is not None:
+        if self.on_write is not None and key in self:
             self.on_write(key)
         keep(self, key)
         super().__setitem__(key, value)
@@ -250,16 +256,6 @@ class View:
         if torch.compiler.is_compiling():
             return self.bound[slot]
         return self.layer._modules[slot][self.name]
-
-
-def build_linear(in_features: int, out_features: int, weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """An `nn.Linear` around existing tensors, without running its initialiser. weight: (out, in)."""
-    linear = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(linear)
-    linear.__dict__.update(in_features=in_features, out_features=out_features)
-    linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    linear._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    return linear
 
 
 def parameters_in(value: SlotValue | None) -> Iterable[nn.Parameter]:

@@ -17,7 +17,8 @@ from peftlite.base_tuner import (
     Wrapper,
     check_bare,
     check_kind,
-    prepare_for_gradient_checkpointing,
+    is_checkpointing,
+    require_gradients_of_inputs,
     tuner_model_for,
 )
 from peftlite.checkpoint import adapters, hub
@@ -74,6 +75,7 @@ class PeftModel(Wrapper):
         check_bare(model)
         check_config(peft_config)
         tuner = tuner_model_for(peft_config)
+        checkpointing = is_checkpointing(model)
         inject(
             model,
             peft_config,
@@ -83,7 +85,8 @@ class PeftModel(Wrapper):
             unmatched=unmatched,
         )
         self.base_model = tuner.around(model)
-        prepare_for_gradient_checkpointing(model)
+        if checkpointing:
+            require_gradients_of_inputs(model)
 
     @classmethod
     @atomic
@@ -94,7 +97,8 @@ class PeftModel(Wrapper):
         config = next(iter(lifecycle.state_of(model).configs.values()))
         inside = base_model_of(model)
         wrapper.base_model = model if isinstance(model, BaseTuner) else tuner_model_for(config).around(inside)
-        prepare_for_gradient_checkpointing(inside)
+        if is_checkpointing(inside):
+            require_gradients_of_inputs(inside)
         return wrapper
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftlite.checks import check_bool, check_choice, check_int, check_number
 from peftlite.config import PeftConfig, PeftType, register_config
 from peftlite.core.hosts import ALL_ROWS, Host, LinearHost, widened
+from peftlite.core.lean import dropout
 from peftlite.core.slots import BufferSlot, ModuleSlot, Slot, View
 from peftlite.core.variant import Additive, Placement, Shared, TunerSpec, register
 from peftlite.tuners.fields import check_probability, check_targets, note_storage
@@ -74,7 +75,7 @@ class Vera(Additive):
         if not config.init_weights:
             d.normal_()
         return {
-            "vera_dropout": nn.Dropout(config.vera_dropout) if config.vera_dropout else nn.Identity(),
+            "vera_dropout": dropout(config.vera_dropout),
             "vera_lambda_b": nn.Parameter(b, requires_grad=False),
             "vera_lambda_d": nn.Parameter(d, requires_grad=False),
             "r": config.r,

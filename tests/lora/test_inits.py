@@ -327,3 +327,21 @@ def test_pissa_helper_balances_the_factors() -> None:
     U, S, Vh = torch.linalg.svd(W)
     assert apart(2 * B @ A, (U[:, :5] * S[:5]) @ Vh[:5]) <= 1e-5
     assert apart(A.square().sum(1), B.square().sum(0)) <= 1e-5
+
+
+@pytest.mark.parametrize("size", [4096, 4097], ids=["even", "odd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_begins_evenly_spread_and_with_every_number_for_itself(dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(size, 4)).to(dtype)
+    config = LoraConfig(r=63, target_modules=["0"])
+    peftlite.inject_adapter_in_model(config, model, autocast_adapter_dtype=False)
+    A: Any = model[0].lora_A["default"].weight
+    assert A.dtype is dtype
+    x = A.detach().double() * size**0.5  # evenly spread over [-1, 1]
+    assert x.abs().max() <= 1 + (2**-7 if dtype is torch.bfloat16 else 1e-6)
+    found, even = x.flatten().sort().values, torch.linspace(-1, 1, x.numel(), dtype=torch.float64)
+    assert (found - even).abs().max() < 0.012
+    for shift in ((0, 1), (1, 0), (1, 1)):
+        assert (x * x.roll(shift, (0, 1))).mean().abs() < 0.005  # neighbours say nothing of each other
+        assert (x.square() * x.square().roll(shift, (0, 1))).mean() == pytest.approx(1 / 9, abs=0.003)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftlite.config import PeftType
 from peftlite.core.hosts import ALL_ROWS, ConvHost, Host, LinearHost, widened
+from peftlite.core.lean import dropout
 from peftlite.core.slots import ModuleSlot, Slot, View
 from peftlite.core.state import AdapterState
 from peftlite.core.transaction import put
@@ -43,7 +44,7 @@ class AdaLora(Additive):
             factors["lora_E"].zero_()
         place = host.device if at.device.type == "meta" else at.device  # no file brings it
         return {
-            "lora_dropout": nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity(),
+            "lora_dropout": dropout(config.lora_dropout),
             **{slot: nn.Parameter(factor, requires_grad=False) for slot, factor in factors.items()},
             "ranknum": nn.Parameter(torch.full((1,), float(config.init_r), device=place, dtype=at.dtype), False),
             "r": config.init_r,

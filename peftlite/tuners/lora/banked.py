@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlite.core.hosts import LinearHost
+from peftlite.core.lean import DROPOUTS, IDENTITIES, LINEARS
 from peftlite.core.rows import Order, split
 from peftlite.core.slots import View
 from peftlite.tuners.lora.blocks import rows_at_once
@@ -33,9 +34,9 @@ Groups = Sequence[tuple[int, int]]
 
 def banks(a: View) -> bool:
     """Whether an adapter's parts are of the kinds that `LoraBank` knows."""
-    if not isinstance(a.layer.host, LinearHost) or {type(a.lora_A), type(a.lora_B)} != {nn.Linear}:
+    if not isinstance(a.layer.host, LinearHost) or not {type(a.lora_A), type(a.lora_B)} <= set(LINEARS):
         return False
-    return a.lora_B.bias is None and type(a.lora_dropout) in (nn.Dropout, nn.Identity)
+    return a.lora_B.bias is None and type(a.lora_dropout) in (*DROPOUTS, *IDENTITIES)
 
 
 class LoraBank:
@@ -57,7 +58,7 @@ class LoraBank:
         self.scale_tensors = [s if isinstance(s, Tensor) else torch.tensor(float(s)) for s in self.scales]
         self.dropouts = [a.lora_dropout for a in present]
         self.in_base_dtype = any(in_base_dtype(a) for a in present)  # and so all
-        self.drops = any(type(dropout) is nn.Dropout for dropout in self.dropouts)
+        self.drops = any(type(dropout) in DROPOUTS for dropout in self.dropouts)
         self.bare = Parts(self.base)
         self.parts = Parts(*(part for a in present for part in (a.lora_A, a.lora_B, a.lora_dropout)))
 
@@ -93,7 +94,7 @@ class LoraBank:
 
     def dropout(self) -> float | None:
         """The probability with which inputs are dropped now; None if it is not the same for all."""
-        found = {d.p if type(d) is nn.Dropout and d.training else 0.0 for d in self.dropouts}
+        found = {d.p if type(d) in DROPOUTS and d.training else 0.0 for d in self.dropouts}
         return found.pop() if len(found) == 1 else None
 
     def base_is_plain(self) -> bool:

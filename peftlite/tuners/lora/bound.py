@@ -10,8 +10,8 @@ instance, subclasses of modules or tensors, autocast, functorch transforms, a ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, repeat
-from operator import contains, itemgetter
+from itertools import repeat
+from operator import contains
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
 from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 
+from peftlite.core.lean import DROPOUTS, IDENTITIES, LINEARS, hooks_of_calls
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
 from peftlite.tuners.lora.blocks import is_large
@@ -30,7 +31,6 @@ from peftlite.tuners.lora.passes import How, Kept, add_product, gradients, low_o
 
 _SMALL = 1 << 17  # elements of x below which a Function in Python costs more than it saves
 
-_hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
@@ -94,11 +94,11 @@ def differentiable(
 
 def suits(a: View) -> bool:
     """Whether an adapter's parts are of the kinds that `BoundLinear` knows."""
-    if type(a.layer.wrapped) is not nn.Linear or not (type(a.lora_A) is type(a.lora_B) is nn.Linear):
+    if type(a.layer.wrapped) is not nn.Linear or not (type(a.lora_A) in LINEARS and type(a.lora_B) in LINEARS):
         return False
     if isinstance(a.scaling, Tensor):  # data, so that hotswapping needs no compilation: never read on the host
         return False
-    return a.lora_B._parameters["bias"] is None and type(a.lora_dropout) in (nn.Dropout, nn.Identity)
+    return a.lora_B._parameters["bias"] is None and type(a.lora_dropout) in (*DROPOUTS, *IDENTITIES)
 
 
 def globally_hooked() -> bool:
@@ -111,7 +111,7 @@ class Parts:
 
     def __init__(self, *modules: nn.Module) -> None:
         self.own = tuple([module.__dict__ for module in modules])
-        self.hooks = tuple(chain.from_iterable(map(_hooks, self.own)))
+        self.hooks = tuple(hooks_of_calls(self.own))
 
     def touched(self) -> bool:
         """Whether a module has a hook, or a `forward` patched onto it."""
@@ -138,7 +138,7 @@ class BoundLinear:
         self.base = base
         self.pw, self.pa, self.pb = base._parameters, down._parameters, up._parameters
         self.s: float = a.scaling
-        self.dropout = drop if type(drop) is nn.Dropout else None
+        self.dropout = drop if type(drop) in DROPOUTS else None
         parts = Parts(base, down, up, drop)
         self.own, self.hooks = parts.own, (*parts.hooks, *_GLOBAL_HOOKS)
         self.in_base_dtype, self.seeded = in_base_dtype(a), a.config.runtime_config.dropout_mask == "seed"

@@ -20,7 +20,8 @@ from peftlite.core.hosts import (
     call_swapped,
     widened,
 )
-from peftlite.core.slots import View, build_linear
+from peftlite.core.lean import IDENTITIES, Linear
+from peftlite.core.slots import View
 from peftlite.core.variant import Placement
 from peftlite.tuners.lora.config import LoraConfig
 from peftlite.tuners.lora.inits.table import beginning
@@ -63,7 +64,7 @@ def entering(host: Host, a: View, x: Tensor) -> Tensor:
 @singledispatch
 def drops(host: Host, a: View) -> bool:
     """Whether `entering` drops something now."""
-    return bool(a.lora_dropout.training and type(a.lora_dropout) is not nn.Identity)
+    return bool(a.lora_dropout.training and type(a.lora_dropout) not in IDENTITIES)
 
 
 @singledispatch
@@ -116,7 +117,7 @@ def _(host: LinearHost, r: int, at: Placement) -> dict[str, Any]:
     bias = None
     if config.lora_bias:
         bias = uniform((out,), r, at) if config.init_lora_weights is False else zeros((out,), at)
-    made = {"lora_A": build_linear(into, r, A), "lora_B": build_linear(r, out, B, bias)}
+    made = {"lora_A": Linear(A), "lora_B": Linear(B, bias)}
     begin = beginning(config.init_lora_weights)
     return made if begin is None else begin.fill(made, host, at)
 
@@ -260,7 +261,7 @@ def _(host: ParamHost, r: int, at: Placement) -> dict[str, Any]:
     B = uniform((out, wide), r, at) if at.config.init_lora_weights is False else zeros((out, wide), at)
     if at.config.init_lora_weights == "gaussian":
         A.normal_(std=1 / r)
-    made = {"lora_A": build_linear(into, wide, A), "lora_B": build_linear(wide, out, B)}
+    made = {"lora_A": Linear(A), "lora_B": Linear(B)}
     begin = beginning(at.config.init_lora_weights)
     return made if begin is None else begin.fill(made, host, at)
 
@@ -322,7 +323,12 @@ def uniform(shape: tuple[int, ...], fan_in: int, at: Placement) -> Tensor:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initialisation of `nn.Linear`."""
     bound = 1 / math.sqrt(fan_in)
     made = torch.empty(shape, dtype=at.dtype, device=at.device)
-    return made if made.is_meta else made.uniform_(-bound, bound)  # torch takes its time to draw nothing
+    if made.is_meta:  # torch takes its time to draw nothing
+        return made
+    if made.device.type != "cpu" or made.dtype != torch.float32 or made.numel() % 2:
+        return made.uniform_(-bound, bound)
+    made.view(-1).view(torch.int64).random_(-(2**63), None)  # 64 bits, for two numbers, cost little more than for one
+    return made.copy_(made.view(torch.int32)).mul_(bound / 2**31)
 
 
 def zeros(shape: tuple[int, ...], at: Placement) -> Tensor:

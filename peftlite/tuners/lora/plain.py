@@ -6,9 +6,10 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlite.core.hosts import ALL_ROWS, EmbeddingHost, Host
+from peftlite.core.lean import dropout
 from peftlite.core.slots import View
 from peftlite.core.variant import Additive, Bank, Placement, Program
 from peftlite.tuners.lora import tied
@@ -47,7 +48,7 @@ class Lora(Additive):
         known_to_forward(host)
         return {
             **factors(host, site.r, at),
-            "lora_dropout": nn.Dropout(site.dropout) if site.dropout else nn.Identity(),
+            "lora_dropout": dropout(site.dropout),
             "r": site.r,
             "lora_alpha": site.alpha,
             "scaling": site.scaling,

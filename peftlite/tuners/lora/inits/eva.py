@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from peftlite.core.binding import rebind, sync
 from peftlite.core.hosts import LinearHost
 from peftlite.core.layer import AdapterLayer
+from peftlite.core.lean import Linear
 from peftlite.core.lifecycle import disable_adapter, state_of
-from peftlite.core.slots import build_linear
 from peftlite.core.transaction import atomic, put
 from peftlite.core.tree import base_model_of, find_state, layer_places, named_layers
 from peftlite.errors import ConfigError, StateError
@@ -263,9 +263,9 @@ def begin(layer: Any, name: str, A: Tensor, alpha: float, scale: float) -> None:
     """Factors of another rank: A as given, B zero."""
     old_A, old_B = layer.lora_A[name].weight, layer.lora_B[name].weight
     out, r = len(old_B), len(A)
-    layer.lora_A[name] = build_linear(A.shape[1], r, A.to(layer.host.device, old_A.dtype, copy=True))
+    layer.lora_A[name] = Linear(A.to(layer.host.device, old_A.dtype, copy=True))
     zeros = torch.zeros(out, r, dtype=old_B.dtype, device=layer.host.device)
-    layer.lora_B[name] = build_linear(r, out, zeros)
+    layer.lora_B[name] = Linear(zeros)
     layer.r[name], layer.lora_alpha[name], layer.scaling[name] = r, alpha, scale
     layer.unbind()
 

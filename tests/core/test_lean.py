@@ -1,0 +1,102 @@
+"""Adapters' modules have fewer dicts than torch's at first, and are torch's in every other way."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import peftlite
+from peftlite.core.lean import Dropout, Identity, Lean, Linear
+from peftlite.core.slots import BufferSlot, ModuleSlot, ParameterSlot
+
+W, b = torch.randn(3, 4), torch.randn(3)
+KINDS: dict[str, Any] = {
+    "linear": (lambda: Linear(W, b), nn.Linear(4, 3)),
+    "no bias": (lambda: Linear(W), nn.Linear(4, 3, bias=False)),
+    "dropout": (lambda: Dropout(0.25), nn.Dropout(0.25)),
+    "identity": (Identity, nn.Identity()),
+    "modules": (ModuleSlot, nn.ModuleDict()),
+    "parameters": (ParameterSlot, nn.ParameterDict()),
+    "buffers": (BufferSlot, nn.Module()),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[Lean, nn.Module]:
+    make, like = KINDS[request.param]
+    return make(), like
+
+
+def test_the_dicts_are_there_when_asked_for_and_one_s_own(kind: tuple[Lean, nn.Module]) -> None:
+    lean, like = kind
+    other = copy.deepcopy(lean)
+    late = {name for name, value in vars(like).items() if isinstance(value, (OrderedDict, set))}
+    assert len(late) > 8
+    assert not late & set(vars(lean))
+    for name, value in vars(like).items():
+        found = getattr(lean, name)
+        assert type(found) is type(value)
+        if name in late:
+            assert found == value
+            assert found is getattr(lean, name)
+            assert found is not getattr(other, name)
+    assert set(vars(lean)) >= set(vars(like))
+
+
+def test_hooks_of_all_kinds_are_called_and_stay_through_copies(kind: tuple[Lean, nn.Module]) -> None:
+    module = kind[0]
+    if not isinstance(module, (Linear, Dropout, Identity)):
+        return
+    called: list[str] = []
+    for register in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        hook = lambda *args, name=register: called.append(name)  # noqa: E731
+        getattr(module, f"register_{register}_hook")(hook)
+    module.register_state_dict_post_hook(lambda *args: called.append("state_dict"))
+    module.register_load_state_dict_post_hook(lambda *args: called.append("load_state_dict"))
+    module(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    module.load_state_dict(module.state_dict())
+    expected = ["forward_pre", "forward", "full_backward_pre", "full_backward", "state_dict", "load_state_dict"]
+    assert called == expected
+    called.clear()
+    copy.copy(module)(torch.randn(2, 4))
+    assert called == ["forward_pre", "forward"]
+
+
+def test_copies_and_pickles_are_as_lean(kind: tuple[Lean, nn.Module]) -> None:
+    module, _ = kind
+    buffer, before = io.BytesIO(), set(vars(module))
+    torch.save(module, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(buffer, weights_only=False)):
+        assert set(vars(other)) == before
+        assert repr(other) == repr(module)
+        assert other.state_dict().keys() == module.state_dict().keys()
+        assert not other.train(False).training
+
+
+def test_they_count_as_torch_s_own() -> None:
+    config = peftlite.LoraConfig(r=2, target_modules=["0"], lora_dropout=0.1)
+    model = peftlite.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    layer: Any = model.base_model.model[0]
+    assert isinstance(layer.lora_A["default"], nn.Linear)
+    assert isinstance(layer.lora_dropout["default"], nn.Dropout)
+    assert (layer.lora_A["default"].in_features, layer.lora_A["default"].out_features) == (4, 2)
+    assert "(default): Linear(in_features=4, out_features=2, bias=False)" in repr(model)
+
+
+def test_an_adapter_that_is_not_in_use_has_no_dicts_for_hooks() -> None:
+    config = {"r": 2, "target_modules": ["0"]}
+    model = peftlite.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peftlite.LoraConfig(**config), "a")
+    model.add_adapter("b", peftlite.LoraConfig(**config))
+    peftlite.get_peft_model_state_dict(model, adapter_name="b")
+    model.eval().to(torch.float64)
+    layer: Any = model.base_model.model[0]
+    for slot in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+        assert not [name for name in vars(slot["b"]) if name.endswith(("hooks", "_set"))]
