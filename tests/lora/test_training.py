@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftlite
 from peftlite.tuners.lora import blocks, bound
-from peftlite.tuners.lora.masks import drawn, new_seed, opened
+from peftlite.tuners.lora.masks import drawn, drop_, dropped, new_seed, opened
 
 IN, OUT = 12, 10
 Found = dict[str, Tensor]
@@ -254,6 +254,17 @@ def test_a_mask_is_one_bit_for_each_element(monkeypatch: pytest.MonkeyPatch) -> 
             patch.setattr(blocks, "LARGE", 500)
             torch.manual_seed(3)
             assert torch.equal(drawn(x, p), bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_what_is_dropped_is_zero_whatever_it_was(dtype: torch.dtype) -> None:
+    x = torch.randn(9, 13).to(dtype)
+    x[::2, ::3], x[1::2, ::3] = float("inf"), float("nan")
+    for given in (x, x.T.contiguous().T):
+        bits = drawn(given, 0.5)
+        expected = torch.where(opened(bits, 13) == 1, given, 0.0)
+        torch.testing.assert_close(dropped(given, bits), expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(drop_(given.clone(), bits), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_dropping_everything_leaves_the_base_layer(monkeypatch: pytest.MonkeyPatch) -> None:

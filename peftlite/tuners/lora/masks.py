@@ -1,10 +1,11 @@
 """What dropout keeps: 16 random bits decide on each element, and one bit is remembered of it.
 
     drawn(rows, width)    bits (rows, width / 8): True with probability 1 - p
-    opened(bits)          one byte of 0 or 1 per element (rows, width), to multiply with
+    opened(bits)          one byte of 0 or 1 per element (rows, width)
+    drop_(x, bits)        zeros in x: its bits, taken for whole numbers, times those
 
-Comparing and multiplying go by whole numbers, for which torch has vector instructions; of `torch.where` and comparisons
-that give booleans it has plain loops, which cost a CPU more than the low-rank products.
+All goes by whole numbers, for which torch has vector instructions; of `torch.where` and comparisons that give booleans
+it has plain loops, which cost a CPU more than the low-rank products.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from peftlite.tuners.lora.blocks import blocks
 
 _LEVELS = 1 << 16  # an element is kept if its 16 random bits are below the share of these
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: the highest byte has them as its bits, the first lowest
 _SPREAD = 0x0101010101010101  # times a byte: eight times that byte
 _SELECT = -0x7FBFDFEFF7FBFDFF  # 0x8040201008040201: of eight bytes, one bit each, the lowest of the first
@@ -47,6 +49,18 @@ def opened(bits: Tensor, width: int) -> Tensor:
     return spread.view(torch.uint8).to(torch.bool).view(torch.uint8)[:, :width]
 
 
+def drop_(x: Tensor, bits: Tensor | None) -> Tensor:
+    """Zeros, in place, where the bits do not keep x (rows, width); without gradients."""
+    if bits is not None:
+        x.view(_WHOLE[x.dtype.itemsize]).mul_(opened(bits, x.shape[1]))
+    return x
+
+
+def dropped(x: Tensor, bits: Tensor | None) -> Tensor:
+    """The same, and x stays as it is."""
+    return x if bits is None else (x.view(_WHOLE[x.dtype.itemsize]) * opened(bits, x.shape[1])).view(x.dtype)
+
+
 def kept(x: Tensor, bits: Tensor | None) -> Tensor:
-    """Zeros where the bits do not keep `x` (rows, width); without rescaling."""
+    """The same by multiplication, which has gradients."""
     return x if bits is None else x * opened(bits, x.shape[1])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.tuners.lora.blocks import blocks, is_large
-from peftlite.tuners.lora.masks import opened
+from peftlite.tuners.lora.masks import drop_, dropped
 
 
 class How(NamedTuple):
@@ -40,17 +40,14 @@ class Kept(NamedTuple):
     bits: Tensor | None
 
 
-def dropped_(x: Tensor, bits: Tensor | None, rows: slice) -> Tensor:
-    """Zeros, in place, where the bits do not keep some rows."""
-    return x if bits is None else x.mul_(opened(bits[rows], x.shape[1]))
-
-
 def entered(x: Tensor, bits: Tensor | None, dtype: torch.dtype, rows: slice) -> Tensor:
     """Some rows of what A is given."""
-    part = x[rows]
-    if bits is None or part.dtype != dtype:
-        return dropped_(part.to(dtype), bits, rows)
-    return part * opened(bits[rows], x.shape[1])
+    return dropped(x[rows], of_rows(bits, rows)).to(dtype)
+
+
+def of_rows(bits: Tensor | None, rows: slice) -> Tensor | None:
+    """The mask of some rows."""
+    return None if bits is None else bits[rows]
 
 
 def low_of(x: Tensor, bits: Tensor | None, A: Tensor) -> Tensor:
@@ -72,11 +69,11 @@ def add_product(y: Tensor, u: Tensor, B: Tensor, s: float = 1.0, bits: Tensor | 
     for rows in blocks(y):
         part = y[rows]
         if narrow:
-            part.add_(dropped_(torch.mm(u[rows], B), bits, rows), alpha=s)
+            part.add_(drop_(torch.mm(u[rows], B), of_rows(bits, rows)), alpha=s)
         elif bits is None:
             part.copy_(part.to(u.dtype).addmm_(u[rows], B, alpha=s))
         else:
-            part.copy_(dropped_(torch.mm(u[rows], B), bits, rows).mul_(s).add_(part))
+            part.copy_(drop_(torch.mm(u[rows] * s, B), bits[rows]).add_(part))
 
 
 def gradients(
