@@ -8,8 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from peftlite import _hooks, errors
-from peftlite.config import register_loader
+from peftlite import _hooks, checkpoint, errors, tuners  # noqa: F401 - the rooms say where what is
 
 if TYPE_CHECKING:
     from peftlite.auto import (
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
         get_model_status,
         print_trainable_parameters,
     )
+    from peftlite.entry import get_peft_model, inject_adapter_in_model, wrap
     from peftlite.helpers import check_if_peft_model, disable_input_dtype_casting, rescale_adapter_scale
     from peftlite.hotswap import (
         check_hotswap_configs_compatible,
@@ -81,11 +81,8 @@ if TYPE_CHECKING:
         PeftModelForSeq2SeqLM,
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
-        create_arrow_model,
-        get_peft_model,
-        inject_adapter_in_model,
-        wrap,
     )
+    from peftlite.model.arrow import create_arrow_model
     from peftlite.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
     from peftlite.tuners.adalora.allocation import orthogonal_regularisation, update_and_allocate
     from peftlite.tuners.adalora.config import AdaLoraConfig
@@ -107,9 +104,9 @@ if TYPE_CHECKING:
         EvaConfig,
         LoftQConfig,
         LoraGAConfig,
-        LoraRuntimeConfig,
     )
     from peftlite.tuners.lora.runtime import set_runtime_config
+    from peftlite.tuners.lora.values import LoraRuntimeConfig
     from peftlite.tuners.trainable_tokens import TrainableTokensConfig
     from peftlite.tuners.vera import VeraConfig
 
@@ -268,6 +265,7 @@ _HOMES = {
         "get_model_status",
         "print_trainable_parameters",
     ),
+    "peftlite.entry": ("get_peft_model", "inject_adapter_in_model", "wrap"),
     "peftlite.integrations.quantised.training": ("prepare_model_for_kbit_training",),
     "peftlite.helpers": ("check_if_peft_model", "disable_input_dtype_casting", "rescale_adapter_scale"),
     "peftlite.hotswap": (
@@ -284,11 +282,8 @@ _HOMES = {
         "PeftModelForSeq2SeqLM",
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
-        "create_arrow_model",
-        "get_peft_model",
-        "inject_adapter_in_model",
-        "wrap",
     ),
+    "peftlite.model.arrow": ("create_arrow_model",),
     "peftlite.tuners.combine": ("add_weighted_adapter",),
     "peftlite.integrations.transformers.adalora": ("AdaLoraCallback",),
     "peftlite.integrations.transformers.baking": ("merge_checkpoint",),
@@ -312,9 +307,9 @@ _HOMES = {
         "EvaConfig",
         "LoftQConfig",
         "LoraGAConfig",
-        "LoraRuntimeConfig",
     ),
     "peftlite.tuners.lora.runtime": ("set_runtime_config",),
+    "peftlite.tuners.lora.values": ("LoraRuntimeConfig",),
     "peftlite.tuners.trainable_tokens": ("TrainableTokensConfig",),
     "peftlite.tuners.vera": ("VeraConfig",),
 }
@@ -332,10 +327,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _load() -> None:
-    for module in ("peftlite.tuners", "peftlite.checkpoint.files"):
-        import_module(module)
-
-
-register_loader(_load)
 _hooks.install()

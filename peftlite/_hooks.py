@@ -52,7 +52,7 @@ def install() -> None:
 def settle() -> None:
     """Adjust the watched modules that came in without the finder, now that they are complete."""
     for name in tuple(_pending):
-        module = sys.modules.get(name)
+        module = sys.modules.get(name) if name in _pending else None
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             adjust(name, module)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 from typing import Any, ClassVar
@@ -33,7 +32,7 @@ BASE_CLASSES: dict[str, str] = {
 LIBRARY = "transformers"
 """The only library whose classes a config may name: a file says which code runs, and may be anybody's."""
 
-_HUB = {field.name for field in dataclasses.fields(HubOptions)}
+_HUB = set(HubOptions._fields)
 
 
 class AutoPeftModel:
@@ -115,7 +114,7 @@ class AutoPeftModel:
         if not has(place, "tokenizer_config.json", options):
             return
         tokenizers: Any = importlib.import_module(LIBRARY).AutoTokenizer
-        given = {key: value for key, value in dataclasses.asdict(options).items() if value}
+        given = {key: value for key, value in options._asdict().items() if value}
         tokens = len(tokenizers.from_pretrained(place, **given))
         if tokens > base.get_input_embeddings().num_embeddings:
             base.resize_token_embeddings(tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Generator, nn
 
@@ -17,9 +17,16 @@ from peftlite.core.transaction import atomic, keep, keep_all
 from peftlite.core.tree import Shell, base_model_of, find_state, named_layers
 from peftlite.core.variant import tuner_for
 from peftlite.errors import AdapterNameError, ConfigError, StateError, nearest
-from peftlite.tuners.adalora.allocation import update_and_allocate
-from peftlite.tuners.combine import add_weighted_adapter
-from peftlite.tuners.lora.lowrank import Approximation
+from peftlite.registry import later
+
+if TYPE_CHECKING:
+    from peftlite.tuners import combine
+    from peftlite.tuners.adalora import allocation
+    from peftlite.tuners.lora import lowrank
+else:
+    combine = later("peftlite.tuners.combine")
+    allocation = later("peftlite.tuners.adalora.allocation")
+    lowrank = later("peftlite.tuners.lora.lowrank")
 
 
 class Wrapper(Shell):
@@ -221,9 +228,9 @@ class LoraModel(BaseTuner):
         majority_sign_method: str = "total",
         *,
         seed: int | Generator | None = None,
-    ) -> Approximation:
+    ) -> lowrank.Approximation:
         """Add a combination of adapters, exact unless `svd_rank` is given; see `peftlite.add_weighted_adapter`."""
-        return add_weighted_adapter(
+        return combine.add_weighted_adapter(
             self,
             adapters,
             weights,
@@ -247,7 +254,7 @@ class IA3Model(BaseTuner):
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter whose scales are the weighted sum of those of others."""
-        add_weighted_adapter(self, adapters, weights, adapter_name)
+        combine.add_weighted_adapter(self, adapters, weights, adapter_name)
 
 
 class LNTuningModel(BaseTuner):
@@ -279,7 +286,7 @@ class AdaLoraModel(BaseTuner):
 
     def update_and_allocate(self, global_step: int) -> None:
         """Between `optimizer.step()` and `zero_grad()`; see `peftlite.update_and_allocate`."""
-        update_and_allocate(self, global_step)
+        allocation.update_and_allocate(self, global_step)
 
 
 class TrainableTokensModel(BaseTuner):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from peftlite.checks import check_bool, check_choice, check_text, show, wrong
 from peftlite.errors import (
@@ -28,6 +28,7 @@ from peftlite.errors import (
     nearest,
 )
 from peftlite.reading import open_regular, read_object
+from peftlite.registry import Registry, registry
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose keys and values our files have
@@ -261,8 +262,7 @@ def config_from_dict(values: Mapping[str, Any]) -> PeftConfig:
 # -- which class belongs to which kind, and what the rooms above tell this one -----------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class HubOptions:
+class HubOptions(NamedTuple):
     """Where in a hub repository to look, and how to get there."""
 
     subfolder: str | None = None
@@ -275,29 +275,24 @@ class HubOptions:
 
 Fetch = Callable[[str, HubOptions], "str | os.PathLike[str]"]
 
-_classes: dict[PeftType, type[PeftConfig]] = {}
-_hooks: dict[str, Callable[..., Any]] = {}
+_classes: Registry[type[PeftConfig]] = registry("configs")
+_files: Registry[Callable[..., Any]] = registry("files")
 
 
 def register_config(peft_type: PeftType, cls: type[C]) -> type[C]:
     """Makes `cls` the config class of `peft_type`."""
-    _classes[peft_type] = cls
+    _classes.register(peft_type.value, cls)
     return cls
 
 
 def register_fetch(fetch: Fetch) -> None:
     """Says how a hub id becomes a local directory with `adapter_config.json`, its subfolder already entered."""
-    _hooks["fetch"] = fetch
+    _files.register("fetch", fetch)
 
 
 def register_reader(read: Callable[[Path], dict[str, Any]]) -> None:
     """Says how the config in an adapter's directory is read, whatever state a save has left that in."""
-    _hooks["read"] = read
-
-
-def register_loader(load: Callable[[], object]) -> None:
-    """Says how to import the rooms that register config classes and `fetch`; called when one is first missed."""
-    _hooks["load"] = load
+    _files.register("read", read)
 
 
 def config_class(peft_type: PeftType | str | None) -> type[PeftConfig]:
@@ -311,34 +306,26 @@ def config_class(peft_type: PeftType | str | None) -> type[PeftConfig]:
         raise ConfigError("`peft_type` is missing: which kind of adapter is this? Nothing was changed.")
     name = peft_type.value if isinstance(peft_type, Enum) else peft_type
     kind = next((kind for kind in PeftType if kind.value == name), None)
-    if kind not in _classes and "load" in _hooks:
-        _hooks["load"]()
-    have = ", ".join(f"`{known.value}`" for known in _classes)
+    have = ", ".join(f"`{known}`" for known in _classes)
     if kind is None:
         near = nearest(str(peft_type), [known.value for known in PeftType])
         text = f"`peft_type` is {show(peft_type)}; nearest: {near}. This version has {have}. Nothing was changed."
         raise ConfigError(text)
-    if kind not in _classes:
+    if kind.value not in _classes:
         text = (
             f"`peft_type` is `{kind.value}`, which this version does not have yet; it has {have}. Nothing was changed."
         )
         raise UnsupportedFeatureError(text)
-    return _classes[kind]
+    return _classes[kind.value]
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    if "read" not in _hooks and "load" in _hooks:
-        _hooks["load"]()
-    read: Callable[[Path], dict[str, Any]] | None = _hooks.get("read")
-    return PeftConfig.from_json_file(folder / CONFIG_NAME) if read is None else read(folder)
+    read: Callable[[Path], dict[str, Any]] = _files["read"]
+    return read(folder)
 
 
 def _fetch(name: str, options: HubOptions) -> Path:
-    if "fetch" not in _hooks and "load" in _hooks:
-        _hooks["load"]()
-    if "fetch" not in _hooks:
-        raise AdapterFilesNotFoundError(f"`{name}` is not a local directory. Nothing was changed.")
-    return Path(_hooks["fetch"](name, options))
+    return Path(_files["fetch"](name, options))
 
 
 @contextmanager

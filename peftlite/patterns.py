@@ -14,10 +14,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftlite.errors import ConfigError
 
@@ -48,8 +47,7 @@ def is_plain(pattern: str) -> bool:
     return _PLAIN.fullmatch(pattern) is not None
 
 
-@dataclass(frozen=True)
-class BoundedPattern:
+class BoundedPattern(NamedTuple):
     """A regular expression whose `fullmatch` ends soon."""
 
     plain: re.Pattern[str] | None
@@ -151,21 +149,21 @@ def _ways_of_repeat(least: int, most: int, item: Any) -> float:
 # ---- the automaton
 
 
-@dataclass
 class Automaton:
     """Thompson's construction: states joined by edges that cost a character, or none, or that a guard opens."""
 
-    free: list[list[tuple[int, int | None]]] = field(default_factory=lambda: [[]])
-    """State -> (next state, guard or None): edges that cost nothing."""
-    costly: list[list[tuple[int, re.Pattern[str]]]] = field(default_factory=lambda: [[]])
-    """State -> (next state, the characters that it costs)."""
-    guards: list[Callable[[str, int], bool]] = field(default_factory=list)
-    """What can be asked of a place in a text: anchors, and what stands before or behind it."""
-    end: int = 0
-    counts: list[int] = field(default_factory=lambda: [0, 0])
-    """Of states and of guards: its own, and of those that look for it."""
-    _steps: dict[Any, frozenset[int]] = field(default_factory=dict)
-    _kept: int = 0
+    def __init__(self, counts: list[int] | None = None) -> None:
+        self.free: list[list[tuple[int, int | None]]] = [[]]
+        """State -> (next state, guard or None): edges that cost nothing."""
+        self.costly: list[list[tuple[int, re.Pattern[str]]]] = [[]]
+        """State -> (next state, the characters that it costs)."""
+        self.guards: list[Callable[[str, int], bool]] = []
+        """What can be asked of a place in a text: anchors, and what stands before or behind it."""
+        self.end = 0
+        self.counts = [0, 0] if counts is None else counts
+        """Of states and of guards: its own, and of those that look for it."""
+        self._steps: dict[Any, frozenset[int]] = {}
+        self._kept = 0
 
     # ---- matching
     def run(self, text: str, start: int, end: int | None) -> bool:

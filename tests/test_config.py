@@ -23,9 +23,7 @@ from peftlite.config import (
     PeftType,
     TaskType,
     atomic_path,
-    config_class,
     config_from_dict,
-    register_config,
 )
 from peftlite.errors import (
     AdapterFilesNotFoundError,
@@ -35,7 +33,9 @@ from peftlite.errors import (
     UnsupportedFeatureError,
 )
 from peftlite.integrations import defaults
-from peftlite.tuners.lora.config import UNBUILT, LoraConfig, LoraRuntimeConfig
+from peftlite.registry import Registry
+from peftlite.tuners.lora.config import UNBUILT, LoraConfig
+from peftlite.tuners.lora.values import LoraRuntimeConfig
 
 NAMES = st.text(string.ascii_letters + string.digits + "_.", min_size=1, max_size=12)
 NAME_LISTS = st.lists(NAMES, max_size=5, unique=True)
@@ -310,13 +310,12 @@ def test_kinds_that_are_unknown_or_not_built(monkeypatch: pytest.MonkeyPatch) ->
         config_from_dict({"peft_type": "LORRA"})
     with pytest.raises(ConfigError, match=r"`\['LORA'\]`; nearest"):
         config_from_dict({"peft_type": ["LORA"]})
-    monkeypatch.setattr(config_module, "_classes", {PeftType.LORA: LoraConfig})
-    monkeypatch.setattr(config_module, "_hooks", {})
+    monkeypatch.setattr(config_module, "_classes", {"LORA": LoraConfig})
     with pytest.raises(UnsupportedFeatureError, match=r"`OFT`.*it has `LORA`"):
         config_from_dict({"peft_type": "OFT"})
 
 
-def test_classes_and_hub_are_loaded_when_first_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_no_directory_is_fetched_with_all_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     LoraConfig(r=7).save_pretrained(tmp_path)
     asked = []
 
@@ -324,16 +323,10 @@ def test_classes_and_hub_are_loaded_when_first_missed(monkeypatch: pytest.Monkey
         asked.append((name, options))
         return tmp_path
 
-    def load() -> None:
-        register_config(PeftType.LORA, LoraConfig)
-        config_module.register_fetch(fetch)
-
-    monkeypatch.setattr(config_module, "_classes", {})
-    monkeypatch.setattr(config_module, "_hooks", {})
-    with pytest.raises(AdapterFilesNotFoundError, match="`user/adapter` is not a local directory"):
-        PeftConfig.from_pretrained("user/adapter")
-    config_module.register_loader(load)
-    assert config_class("LORA") is LoraConfig
+    files: Registry[Any] = Registry()
+    monkeypatch.setattr(config_module, "_files", files)
+    config_module.register_fetch(fetch)
+    config_module.register_reader(lambda place: PeftConfig.from_json_file(place / "adapter_config.json"))
     assert PeftConfig.from_pretrained("user/adapter", "sub", revision="v1", token="t", local_files_only=True).r == 7
     assert asked == [("user/adapter", HubOptions("sub", "v1", None, "t", True, False))]
 
@@ -342,7 +335,7 @@ def test_a_class_refuses_a_file_of_another(monkeypatch: pytest.MonkeyPatch, tmp_
     class Other(PeftConfig):
         kind = PeftType.IA3
 
-    monkeypatch.setattr(config_module, "_classes", {PeftType.LORA: LoraConfig, PeftType.IA3: Other})
+    monkeypatch.setattr(config_module, "_classes", {"LORA": LoraConfig, "IA3": Other})
     LoraConfig().save_pretrained(tmp_path)
     assert isinstance(Other(), Other)
     with pytest.raises(ConfigError, match=r"`LORA` adapter; call `LoraConfig\.from_pretrained`"):

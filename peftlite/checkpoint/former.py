@@ -216,7 +216,7 @@ class Old:
         given = config.target_modules or []
 
         def meant(targets: tuple[str, ...] | str, pool: Iterable[str] = paths) -> set[str]:
-            return set(select(pool, replace(spec, target_modules=targets)).targets)
+            return set(select(pool, spec._replace(target_modules=targets)).targets)
 
         if isinstance(given, str):
             return (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from peftlite.core.hosts import ParamHost
 A, B = "lora_A.weight", "lora_B.weight"
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """The adapter of one old layer: which source of the parameter, which expert, and its numbers."""
 
     path: str
@@ -33,8 +32,7 @@ class Piece:
     scaling: float
 
 
-@dataclass(frozen=True)
-class Fused:
+class Fused(NamedTuple):
     """The adapter of a parameter that several old layers went into: `pieces` of those that had one."""
 
     former: Former

@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,7 +30,6 @@ _GONE = {
 }
 
 
-@dataclass(frozen=True)
 class HubOptions(config.HubOptions):
     """Where in a hub repository to look, and how to get there.
 
@@ -53,11 +51,10 @@ class HubOptions(config.HubOptions):
         for name, instead in _GONE.items():
             if given.pop(name, None):
                 raise ConfigError(f"`{name}` is not an option any more: {instead}. Nothing was changed.")
-        known = [field.name for field in fields(cls)]
         for name in given:
-            if name not in known:
+            if name not in cls._fields:
                 raise ConfigError(
-                    f"`{name}` is not an option of loading; nearest: {nearest(name, known)}. Nothing was changed."
+                    f"`{name}` is not an option of loading; nearest: {nearest(name, cls._fields)}. Nothing was changed."
                 )
         return cls(**given)
 
@@ -245,7 +242,7 @@ def has(id_or_dir: str | os.PathLike[str], name: str, options: config.HubOptions
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        hf_hub_download(os.fspath(id_or_dir), name, **asdict(options))
+        hf_hub_download(os.fspath(id_or_dir), name, **options._asdict())
     except EntryNotFoundError:
         return False
     return True

@@ -15,9 +15,9 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, pairwise
+from typing import NamedTuple
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -132,8 +132,7 @@ def nearest_keys(key: str, choices: Collection[str], n: int = 1) -> list[str]:
 # ---- why keys do not fit
 
 
-@dataclass(frozen=True)
-class Cause:
+class Cause(NamedTuple):
     """A likely cause of a mismatch in words, and what to do to a file's key to mend it (None where nothing would)."""
 
     text: str

@@ -73,12 +73,12 @@ def joined_path(path: str, name: str) -> str:
 
 def is_companion(tuner: TunerSpec) -> bool:
     """Whether a tuner comes along with others."""
-    return any(companion.tuner is tuner for companion in COMPANIONS)
+    return any(companion.tuner is tuner for companion in COMPANIONS.values())
 
 
 def is_whole(tuner: TunerSpec) -> bool:
     """Whether a tuner's layers hold whole modules rather than adapters."""
-    return any(companion.tuner is tuner and companion.whole for companion in COMPANIONS)
+    return any(companion.tuner is tuner and companion.whole for companion in COMPANIONS.values())
 
 
 def adapts(tuner: TunerSpec) -> bool:

@@ -8,7 +8,6 @@ what else was there when it was written.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -274,7 +273,7 @@ class Blueprint:
         self._check(rest)
         for index in rest:  # not all was in the file, or is ever in one
             site = self.planned.sites[index]
-            placement = dataclasses.replace(self.planned.placement(site), device=self.place(site))
+            placement = self.planned.placement(site)._replace(device=self.place(site))
             self.values[index] = dict(site.variant.init(site.host, placement))
             fill_in(site.tuner.slots, self.values[index], self.filled[index])
         shared = self.filled_shared

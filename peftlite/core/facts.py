@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -11,10 +11,10 @@ from peftlite.config import PeftConfig
 from peftlite.core.former import Former
 from peftlite.core.replicas import Stack
 from peftlite.core.tree import base_model_of
+from peftlite.registry import Registry, registry
 
 
-@dataclass(frozen=True)
-class ModelFacts:
+class ModelFacts(NamedTuple):
     """What the library that a model comes from knows of it."""
 
     name_or_path: str | None = None
@@ -38,15 +38,15 @@ class ModelFacts:
     tied no more, or (the argument) no more quantised."""
 
 
-_FACTS: list[Callable[[nn.Module], ModelFacts | None]] = []
+_FACTS: Registry[Callable[[nn.Module], ModelFacts | None]] = registry("facts")
 
 
-def register_model_facts(provider: Callable[[nn.Module], ModelFacts | None]) -> None:
+def register_model_facts(library: str, provider: Callable[[nn.Module], ModelFacts | None]) -> None:
     """Make a library's knowledge of its models known."""
-    _FACTS.append(provider)
+    _FACTS.register(library, provider)
 
 
 def facts_of(model: nn.Module) -> ModelFacts:
     """What is known of `model`; empty for a plain torch module."""
     base = base_model_of(model)
-    return next((facts for provider in _FACTS if (facts := provider(base)) is not None), ModelFacts())
+    return next((facts for provider in _FACTS.values() if (facts := provider(base)) is not None), ModelFacts())

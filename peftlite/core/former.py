@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Former:
+class Former(NamedTuple):
     """One parameter of a model, and the layers that it was made of, by their paths.
 
         model.layers.0.mlp.experts.gate_up_proj

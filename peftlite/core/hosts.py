@@ -7,8 +7,7 @@ can be answered so (shape, device, dtype): packed, meta, offloaded and sharded w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +16,14 @@ from torch import Tensor, nn
 ALL_ROWS = slice(None)
 
 
-@dataclass(frozen=True)
-class Dense:
+class Dense(NamedTuple):
     """A base layer's weight `[*batch, out, in, *kernel]` and bias `(out,)`; of the rows (dimension `out`) asked for."""
 
     weight: Tensor
     bias: Tensor | None
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """A base layer's own bytes.
 
     `shared`: `weight` and `bias` are the Parameters, which other modules use too, to be put back as they are.
@@ -38,7 +35,7 @@ class Saved:
 
     def on_cpu(self) -> Saved:
         """The same in CPU memory."""
-        return replace(self, weight=on_cpu(self.weight), bias=on_cpu(self.bias))
+        return self._replace(weight=on_cpu(self.weight), bias=on_cpu(self.bias))
 
 
 def mark_borrowed(parameter: nn.Parameter) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -67,10 +66,10 @@ def plan(
     found = Found.of(base, replicas or (None if state is None else state.replicas))
     selection = choose(base, config, found, facts)
     parameters = choose_parameters(config, found)
-    companions = [(one, choose_companion(one, config, found, facts, selection)) for one in COMPANIONS]
+    companions = [(one, choose_companion(one, config, found, facts, selection)) for one in COMPANIONS.values()]
     missing = joint_unmatched(selection, parameters, heads_of(config))
     missing += tuple(entry for _, chosen in companions for entry in chosen.unmatched)
-    complain(replace(selection, unmatched=missing), unmatched, type(base).__name__, stacklevel=3)
+    complain(selection._replace(unmatched=missing), unmatched, type(base).__name__, stacklevel=3)
     if not selection.targets and not parameters.targets:
         raise TargetNotFoundError(
             f"`target_modules={clipped(repr(config.to_dict().get('target_modules')))}` matches no module of "
@@ -132,7 +131,7 @@ def choose(base: nn.Module, config: PeftConfig, found: Found, facts: ModelFacts)
 
 def heads_of(config: PeftConfig) -> set[str]:
     """The names of the modules that a config's task trains whole, where the model has them."""
-    return {name for companion in COMPANIONS for name in companion.optional(config)}
+    return {name for companion in COMPANIONS.values() for name in companion.optional(config)}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -159,7 +158,7 @@ def choose_companion(
             f"`{companion.field}` does not name an embedding, and the one for the inputs of a model like this is not "
             f'known: name it, as in `{companion.field}={{"embed_tokens": [...]}}`. Nothing was changed.'
         )
-    unmatched = tuple(replace(entry, field=companion.field) for entry in chosen.unmatched)
+    unmatched = tuple(entry._replace(field=companion.field) for entry in chosen.unmatched)
     return Selection((*(tables[:1] if INPUTS in names else ()), *chosen.targets), (), unmatched)
 
 
@@ -184,8 +183,8 @@ def choose_parameters(config: Any, found: Found) -> Selection:
     if not names:
         return Selection((), (), ())
     selection = select(found.parameter_paths(), TargetSpec(target_modules=names))
-    unmatched = tuple(replace(entry, field="target_parameters") for entry in selection.unmatched)
-    return replace(selection, unmatched=unmatched)
+    unmatched = tuple(entry._replace(field="target_parameters") for entry in selection.unmatched)
+    return selection._replace(unmatched=unmatched)
 
 
 def joint_unmatched(selection: Selection, parameters: Selection, heads: Collection[str]) -> tuple[Unmatched, ...]:
@@ -234,7 +233,7 @@ def make_sites(found: Found, wanted: Iterable[Wanted], tuner: TunerSpec, config:
         rank, parameters = variant.size(host, config, path)
         sites.append(Site(group, tuner, variant, host, rank, parameters, param, found.shares_weight(host)))
     if refused:
-        field = next((one.field for one in COMPANIONS if one.tuner is tuner), "target_modules")
+        field = next((one.field for one in COMPANIONS.values() if one.tuner is tuner), "target_modules")
         instead = ", or these in `exclude_modules`" if field == "target_modules" else ""
         raise UnsupportedLayerError(
             f"{tuner.peft_type} cannot adapt {', '.join(refused[:5])}{' ...' if len(refused) > 5 else ''}. "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,8 +20,7 @@ from peftlite.core.variant import Placement, TunerSpec, Variant
 _ADAMW_STATES = 2  # first and second moment, each as large as the parameter
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """One module that gets an adapter, in all the places where it is."""
 
     places: tuple[Place, ...]
@@ -67,8 +65,7 @@ class Site:
             return self.host.read()
 
 
-@dataclass(frozen=True)
-class InjectionPlan:
+class InjectionPlan(NamedTuple):
     """What `inject` does: `sites`, and the model's own, completed copy of the config. Prints as a table."""
 
     model: nn.Module
@@ -115,7 +112,7 @@ class InjectionPlan:
         if not sites or (shared := sites[0].tuner.shared) is None:
             return {}
         placement = self.placement(sites[0])
-        placement = placement if device is None else replace(placement, device=device)
+        placement = placement if device is None else placement._replace(device=device)
         return shared.make(self.config, [site.host for site in sites], placement)
 
     # ---- totals

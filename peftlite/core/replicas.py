@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 
@@ -25,8 +24,7 @@ Ranges = Sequence[Sequence[int]]
 MAX_LAYERS: Final = 10_000
 
 
-@dataclass(frozen=True)
-class Stack:
+class Stack(NamedTuple):
     """The layers of a model that run one after the other, and what says how many there are."""
 
     owner: nn.Module
@@ -48,8 +46,7 @@ class Stack:
         return found  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class Replicas:
+class Replicas(NamedTuple):
     """A longer stack, and the one whose place it takes."""
 
     stack: Stack

@@ -7,9 +7,8 @@ maths reads adapter by adapter, through a `View` (`a.lora_A`).
 from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -169,8 +168,7 @@ SlotContainer = ModuleSlot | ParameterSlot | BufferSlot
 SlotValue = nn.Module | Tensor
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One named place of a tuner's tensors.
 
     `file_name` is what a tensor's key in adapter files begins with (the slot's own name unless said otherwise, "" for

@@ -14,14 +14,12 @@ a whole (`modules_to_save`), and which entries of the config matched nothing. Th
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from peftlite.config import PeftConfig
 from peftlite.errors import ConfigError, PeftliteWarning, TargetNotFoundError, clipped, nearest
@@ -31,13 +29,12 @@ ALL_LINEAR = "all-linear"
 UnmatchedPolicy = Literal["error", "warn", "ignore"]
 
 
-@dataclass(frozen=True)
-class Unmatched:
+class Unmatched(NamedTuple):
     """An entry of a config field that matched nothing, and the paths (or layer indices) that it was held against."""
 
     field: str
     entry: str | int
-    paths: Sequence[str] = dataclasses.field(repr=False, compare=False)
+    paths: Sequence[str]
 
     @property
     def nearest(self) -> str:
@@ -48,8 +45,7 @@ class Unmatched:
         return nearest(entry, _ends_like(entry, self.paths))
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """What a config means for one model: paths in the model's order, and the entries that mean nothing there."""
 
     targets: tuple[str, ...]
@@ -57,8 +53,7 @@ class Selection:
     unmatched: tuple[Unmatched, ...]
 
 
-@dataclass(frozen=True)
-class TargetSpec:
+class TargetSpec(NamedTuple):
     """The fields of a config that name modules. A config without one of them has its empty value here."""
 
     target_modules: tuple[str, ...] | str | None = None
@@ -224,8 +219,7 @@ def absent(names: Iterable[str], paths: Iterable[str]) -> set[str]:
     return left
 
 
-@dataclass(frozen=True)
-class _Index:
+class _Index(NamedTuple):
     """Positions of patterns in their config, found without trying each: a config can have one for every module.
 
     Patterns of word characters and dots are kept by the lengths of their names: `a.bcd` is {(1, 3): {("a", "bcd"): 0}}.

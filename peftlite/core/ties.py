@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import nn
 
@@ -47,7 +47,7 @@ def tied_sites(
         for member in group:
             if member is not leader:
                 check_follows(member, leader, config)
-                result[member.path] = replace(member, leader=leader.path, parameters=0)
+                result[member.path] = member._replace(leader=leader.path, parameters=0)
     if everything and not found:
         warn(
             "`ensure_weight_tying` is `True`, and no module that the config names shares its weight with another: it "
@@ -73,8 +73,7 @@ def check_follows(site: Site, leader: Site, config: PeftConfig) -> None:
 
 
 # ---- when merging
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """A module that has a parameter, or that will have it back when adapters are unmerged."""
 
     path: str

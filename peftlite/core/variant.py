@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,14 @@ from peftlite.config import PeftConfig
 from peftlite.core.hosts import ALL_ROWS, Dense, Host
 from peftlite.core.slots import Slot, View
 from peftlite.errors import ConfigError, nearest
+from peftlite.registry import Registry, registry
 
 Program = Callable[..., Any]
 Bank = Callable[[Tensor, Any], Tensor | None]
 """(input, `Order` of its entries) -> output; None where the groups have to go one by one, each through its program."""
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """Where a new adapter goes: its config, the path of its layer, and the device and dtype of its tensors."""
 
     config: Any
@@ -136,8 +136,7 @@ class Additive(Variant):
         return Dense(dense.weight + delta, bias)
 
 
-@dataclass(frozen=True)
-class Shared:
+class Shared(NamedTuple):
     """Tensors that an adapter has once for all its layers, in the tuner's shared slots."""
 
     make: Callable[[Any, Sequence[Host], Placement], dict[str, Tensor]]
@@ -146,8 +145,7 @@ class Shared:
     """Whether a config wants them in files; else they are made again when a file is read."""
 
 
-@dataclass(frozen=True)
-class FileForm:
+class FileForm(NamedTuple):
     """How a layer's tensors stand in files, where that is not as they are."""
 
     write: Callable[[Any, str, str, Tensor], Tensor]
@@ -191,8 +189,7 @@ class TunerSpec:
         return tuner_for, (self.peft_type,)
 
 
-@dataclass(frozen=True)
-class Companion:
+class Companion(NamedTuple):
     """A tuner that comes along with others: a field of any config names its modules (`modules_to_save`)."""
 
     tuner: TunerSpec
@@ -206,20 +203,20 @@ class Companion:
 
 
 INPUTS = ""
-TUNERS: dict[str, TunerSpec] = {}
-COMPANIONS: list[Companion] = []
+TUNERS: Registry[TunerSpec] = registry("tuners")
+COMPANIONS: Registry[Companion] = registry("companions")
 
 
 def register(tuner: TunerSpec) -> TunerSpec:
     """Make a tuner known by its `peft_type`."""
-    TUNERS[tuner.peft_type] = tuner
+    TUNERS.register(tuner.peft_type, tuner)
     return tuner
 
 
 def register_companion(companion: Companion) -> Companion:
     """Make a companion tuner known."""
-    TUNERS[companion.tuner.peft_type] = companion.tuner
-    COMPANIONS.append(companion)
+    TUNERS.register(companion.tuner.peft_type, companion.tuner)
+    COMPANIONS.register(companion.tuner.peft_type, companion)
     return companion
 
 
@@ -236,4 +233,4 @@ def tuner_for(config: PeftConfig | str) -> TunerSpec:
             f"`peft_type={key!r}` has no tuner; nearest: {nearest(str(key), TUNERS)}; known: {known}. "
             "Nothing was changed."
         )
-    return TUNERS[key]
+    return TUNERS[str(key)]

@@ -1,7 +1,5 @@
-"""The outer wrapper `PeftModel`, its task classes, and the ways from a model to one and back."""
+"""The outer wrapper `PeftModel` and its task classes."""
 
-from peftlite.model.arrow import create_arrow_model
-from peftlite.model.entry import get_peft_model, inject_adapter_in_model, wrap
 from peftlite.model.tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -10,7 +8,7 @@ from peftlite.model.tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from peftlite.model.wrapper import PeftModel
+from peftlite.model.wrapper import PeftModel, model_class_for
 
 __all__ = [
     "PeftModel",
@@ -20,8 +18,5 @@ __all__ = [
     "PeftModelForSeq2SeqLM",
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
-    "create_arrow_model",
-    "get_peft_model",
-    "inject_adapter_in_model",
-    "wrap",
+    "model_class_for",
 ]

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,26 @@ from peftlite.base_tuner import (
     require_gradients_of_inputs,
     tuner_model_for,
 )
-from peftlite.checkpoint import adapters, hub
-from peftlite.checkpoint.card import write_card
-from peftlite.checkpoint.report import LoadReport, Strict
 from peftlite.config import PeftConfig, PeftType, TaskType
-from peftlite.core import lifecycle, status
+from peftlite.core import lifecycle
 from peftlite.core.inject import check_config, inject
 from peftlite.core.rows import check_batch
 from peftlite.core.targets import UnmatchedPolicy
 from peftlite.core.transaction import atomic, evaluate
 from peftlite.core.tree import base_model_of, layers
 from peftlite.errors import StateError, UnsupportedFeatureError
-from peftlite.tuners.lora.options import LoraRuntimeConfig
+from peftlite.registry import later
+from peftlite.tuners.lora.values import LoraRuntimeConfig
+
+if TYPE_CHECKING:
+    from peftlite.checkpoint import adapters, card, hub, report
+    from peftlite.core import status
+else:
+    adapters = later("peftlite.checkpoint.adapters")
+    card = later("peftlite.checkpoint.card")
+    hub = later("peftlite.checkpoint.hub")
+    report = later("peftlite.checkpoint.report")
+    status = later("peftlite.core.status")
 
 TASK_MODELS: dict[TaskType, type[PeftModel]] = {}
 """The wrapper class of each task."""
@@ -225,7 +233,7 @@ class PeftModel(Wrapper):
         key_mapping: Mapping[str, str] | None = None,
         *,
         torch_device: str | torch.device | None = None,
-        strict: Strict = True,
+        strict: report.Strict = True,
         **hub_options: Any,
     ) -> PeftModel:
         """Load an adapter into `model`, in place, and wrap it in the class that belongs to the adapter's task.
@@ -282,9 +290,9 @@ class PeftModel(Wrapper):
         key_mapping: Mapping[str, str] | None = None,
         *,
         config: PeftConfig | None = None,
-        strict: Strict = True,
+        strict: report.Strict = True,
         **hub_options: Any,
-    ) -> LoadReport:
+    ) -> report.LoadReport:
         """Load another adapter of the same kind; `set_adapter` makes it the active one.
 
         If there is one of this name, its tensors are overwritten. Parameters are those of `from_pretrained`; as there,
@@ -295,7 +303,7 @@ class PeftModel(Wrapper):
         LoraRuntimeConfig(ephemeral_gpu_offload)  # says that it has no effect
         if config is not None:
             check_config(config)
-        report = adapters.load_adapter(
+        loaded = adapters.load_adapter(
             self,
             model_id,
             adapter_name,
@@ -311,7 +319,7 @@ class PeftModel(Wrapper):
         )
         if not is_trainable:
             evaluate(self)
-        return report
+        return loaded
 
     def save_pretrained(
         self,
@@ -391,8 +399,8 @@ class PeftModel(Wrapper):
         self, output_dir: str | os.PathLike[str], tags: Sequence[str] | None = None
     ) -> None:
         """Write the model card in a directory; of one that is there, only our part of its front matter."""
-        card = adapters.card_of(self, next(iter(lifecycle.state_of(self).configs.values())))
-        write_card(output_dir, dataclasses.replace(card, tags=tuple(tags or ())))
+        about = adapters.card_of(self, next(iter(lifecycle.state_of(self).configs.values())))
+        card.write_card(output_dir, dataclasses.replace(about, tags=tuple(tags or ())))
 
 
 def model_class_for(config: PeftConfig, otherwise: type[PeftModel] = PeftModel) -> type[PeftModel]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-import peftlite.tuners  # noqa: F401 - makes configs and tuners known
+from peftlite import entry
 from peftlite.base_tuner import TUNER_MODELS
 from peftlite.checkpoint.files import read_adapter
 from peftlite.checkpoint.hub import HubOptions, resolve
@@ -24,7 +24,6 @@ from peftlite.core.slots import HALF_DTYPES
 from peftlite.core.targets import TargetSpec, select
 from peftlite.core.tree import base_model_of, layers
 from peftlite.errors import PeftliteWarning, UnsupportedFeatureError
-from peftlite.model import entry
 from peftlite.model.wrapper import TASK_MODELS
 from peftlite.standin.kinds import BaseTunerLayer
 

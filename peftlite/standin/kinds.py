@@ -26,7 +26,7 @@ class Kind(type):
         return type.__subclasscheck__(cls, subclass) or issubclass(subclass, AdapterLayer)
 
     def _matches(cls, layer: AdapterLayer) -> bool:
-        if (layer.tuner in [companion.tuner for companion in COMPANIONS]) is not cls.companions:
+        if (layer.tuner in [companion.tuner for companion in COMPANIONS.values()]) is not cls.companions:
             return False
         if cls.tuners and layer.tuner.peft_type not in cls.tuners:
             return False

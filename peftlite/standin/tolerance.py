@@ -13,7 +13,7 @@ from typing import Any, Final
 
 DEFAULTS: Final[dict[str, tuple[str, object]]] = {
     "peftlite.core.inject:inject": ("unmatched", "warn"),
-    "peftlite.model.entry:get_peft_model": ("unmatched", "warn"),
+    "peftlite.entry:get_peft_model": ("unmatched", "warn"),
     "peftlite.model.wrapper:PeftModel.__init__": ("unmatched", "warn"),
     "peftlite.model.wrapper:PeftModel.add_adapter": ("unmatched", "warn"),
     "peftlite.model.wrapper:PeftModel.from_pretrained": ("strict", "shapes"),

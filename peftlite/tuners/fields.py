@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from peftlite.checks import (
     check_count,
     check_indices,
+    check_int,
     check_names,
     check_names_or_regex,
     check_number,
@@ -16,9 +17,14 @@ from peftlite.checks import (
     wrong,
 )
 from peftlite.config import PeftConfig
-from peftlite.core.hosts import Host
 from peftlite.errors import ConfigError
 from peftlite.patterns import single
+
+if TYPE_CHECKING:
+    from peftlite.core.hosts import Host
+
+TOKENS_FIELD = "trainable_token_indices"
+Tokens = list[int]
 
 
 def check_targets(config: PeftConfig) -> None:
@@ -70,6 +76,33 @@ def check_probability(field: str, value: object) -> float:
     if not 0 <= number < 1:
         raise wrong(field, value, "a probability below 1 (and not below 0)")
     return number
+
+
+def check_tokens(name: str, value: object) -> Tokens:
+    """Indices of tokens, at least one, each once, in the order given.
+
+    Raises: ConfigError.
+    """
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise wrong(name, value, "a list of indices of tokens")
+    tokens = [check_int(name, item, 0) for item in value]
+    if not tokens or len(set(tokens)) < len(tokens):
+        raise wrong(name, value, "a list of at least one index, each once")
+    return tokens
+
+
+def check_token_field(value: object) -> Tokens | dict[str, Tokens] | None:
+    """What `trainable_token_indices` can be: tokens, or tokens for each of the embeddings named.
+
+    Raises: ConfigError.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        return check_tokens(TOKENS_FIELD, value)
+    if not value or not all(isinstance(name, str) and name for name in value):
+        raise wrong(TOKENS_FIELD, value, "a dict from names of embeddings to lists of tokens")
+    return {name: check_tokens(f"{TOKENS_FIELD}[{name!r}]", tokens) for name, tokens in value.items()}
 
 
 def note_storage(config: Any, hosts: Sequence[tuple[str, Host]]) -> None:

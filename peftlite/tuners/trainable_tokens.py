@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.checks import check_bool, check_int, show, wrong
+from peftlite.checks import check_bool, show
 from peftlite.config import PeftConfig, PeftType, register_config
 from peftlite.core.hosts import ALL_ROWS, Dense, EmbeddingHost, Host, LinearHost, widened
 from peftlite.core.slots import BufferSlot, Slot, View
@@ -25,10 +25,7 @@ from peftlite.core.variant import (
     register_companion,
 )
 from peftlite.errors import ConfigError
-from peftlite.tuners.fields import check_targets
-
-FIELD = "trainable_token_indices"
-Tokens = list[int]
+from peftlite.tuners.fields import TOKENS_FIELD, Tokens, check_targets, check_tokens
 
 
 @dataclass
@@ -58,36 +55,9 @@ class TrainableTokensConfig(PeftConfig):
         check_bool("init_weights", self.init_weights)
 
 
-def check_tokens(name: str, value: object) -> Tokens:
-    """Indices of tokens, at least one, each once, in the order given.
-
-    Raises: ConfigError.
-    """
-    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
-        raise wrong(name, value, "a list of indices of tokens")
-    tokens = [check_int(name, item, 0) for item in value]
-    if not tokens or len(set(tokens)) < len(tokens):
-        raise wrong(name, value, "a list of at least one index, each once")
-    return tokens
-
-
-def check_token_field(value: object) -> Tokens | dict[str, Tokens] | None:
-    """What `trainable_token_indices` can be: tokens, or tokens for each of the embeddings named.
-
-    Raises: ConfigError.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        return check_tokens(FIELD, value)
-    if not value or not all(isinstance(name, str) and name for name in value):
-        raise wrong(FIELD, value, "a dict from names of embeddings to lists of tokens")
-    return {name: check_tokens(f"{FIELD}[{name!r}]", tokens) for name, tokens in value.items()}
-
-
 def named_by(config: Any) -> Sequence[str]:
     """The embeddings that a config of another method names."""
-    value = getattr(config, FIELD, None)
+    value = getattr(config, TOKENS_FIELD, None)
     if value is None:
         return ()
     return tuple(value) if isinstance(value, dict) else (INPUTS,)
@@ -95,7 +65,7 @@ def named_by(config: Any) -> Sequence[str]:
 
 def tokens_at(config: Any, path: str) -> Tokens | None:
     """The tokens that train at this path; None where the config says nothing of it."""
-    value = config.token_indices if isinstance(config, TrainableTokensConfig) else getattr(config, FIELD)
+    value = config.token_indices if isinstance(config, TrainableTokensConfig) else getattr(config, TOKENS_FIELD)
     if not isinstance(value, dict):
         return list(value)
     return next((list(tokens) for name, tokens in value.items() if f".{path}".endswith(f".{name}")), None)
@@ -240,7 +210,7 @@ TOKEN_ADAPTER = register_companion(
             few_rows=True,
             followers_in_files=False,
         ),
-        field=FIELD,
+        field=TOKENS_FIELD,
         targets=named_by,
         whole=False,
     )

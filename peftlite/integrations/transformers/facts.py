@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +16,7 @@ from peftlite.errors import ConfigError
 from peftlite.integrations.defaults import default_feedforward, default_targets
 from peftlite.integrations.transformers.former import former_names
 from peftlite.integrations.transformers.layers import stack_of
+from peftlite.integrations.transformers.models import FIRST, vocabulary
 from peftlite.integrations.transformers.unloaded import follow_weights
 
 
@@ -35,38 +34,13 @@ def model_facts(model: nn.Module) -> ModelFacts | None:
         output_head=found[1],
         embeddings=tuple(layer for layer in found if layer is not None),
         input_table=None if found[0] is None else innermost(found[0]),
-        vocab_size=getattr(model.config.get_text_config(), "vocab_size", None),
+        vocab_size=vocabulary(model),
         first_vocab_size=model.__dict__.get(FIRST),
         default_targets=partial(fill_targets, model, model_type or type(model).__name__),
         stack=partial(stack_of, model),
         former=partial(former_names, model),
         unloaded=partial(follow_weights, model),
     )
-
-
-FIRST = "_peftlite_first_vocab_size"
-"""Where a model keeps the size that its vocabulary had before it was first changed."""
-
-
-def patch(cls: Any) -> None:
-    """Have models remember the size of their vocabulary when it is changed; once per class."""
-    original = cls.resize_token_embeddings
-    if original in _ours:
-        return
-
-    @functools.wraps(original)
-    def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
-        facts = model_facts(self)
-        before = None if facts is None else facts.vocab_size
-        found = original(self, *args, **kwargs)
-        self.__dict__.setdefault(FIRST, before)
-        return found
-
-    cls.resize_token_embeddings = resize_token_embeddings
-    _ours.add(resize_token_embeddings)
-
-
-_ours: set[Callable[..., Any]] = set()
 
 
 def output_head(model: Any) -> nn.Module | None:
@@ -119,4 +93,4 @@ def path_of_inputs(model: nn.Module) -> str | None:
     return next(found, None)
 
 
-register_model_facts(model_facts)
+register_model_facts("transformers", model_facts)

@@ -76,7 +76,7 @@ def hub_options(given: Mapping[str, Any], extra: Mapping[str, Any], base: Any) -
 
     Raises: ConfigError for an argument that nobody knows.
     """
-    known = {field.name for field in fields(HubOptions)}
+    known = set(HubOptions._fields)
     check_known(extra, known)
     named: dict[str, Any] = {**(getattr(base, "download_kwargs", None) or {}), **(extra.get("download_kwargs") or {})}
     if named.get("revision") is not None:

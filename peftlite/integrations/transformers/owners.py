@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from peftlite.config import PeftConfig
-from peftlite.core.tree import find_state
 from peftlite.errors import StateError
+from peftlite.registry import later
+
+if TYPE_CHECKING:
+    from peftlite.core import tree
+else:
+    tree = later("peftlite.core.tree")
 
 FLAG = "_hf_peft_config_loaded"
 CONFIGS = "peft_config"
@@ -44,7 +50,7 @@ def check_not_ours(model: nn.Module) -> None:
 
     Raises: StateError.
     """
-    state = find_state(model)
+    state = tree.find_state(model)
     if state is not None:
         raise StateError(
             f"{type(model).__name__} has adapters of peftlite ({', '.join(f'`{name}`' for name in state.configs)}), "

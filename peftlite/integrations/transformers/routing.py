@@ -5,13 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peftlite.core.lifecycle import use_adapter_per_row
-from peftlite.core.rows import check_batch
-from peftlite.core.tree import find_state
+from peftlite.registry import later
+
+if TYPE_CHECKING:
+    from peftlite.core import lifecycle, rows, tree
+else:
+    lifecycle = later("peftlite.core.lifecycle")
+    rows = later("peftlite.core.rows")
+    tree = later("peftlite.core.tree")
 
 _KEY = "adapter_names"
 _MARK = "_peftlite_routes"
@@ -32,14 +37,14 @@ def by_row(call: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(call)
     def routed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _KEY not in kwargs or find_state(self) is None:
+        if _KEY not in kwargs or tree.find_state(self) is None:
             return call(self, *args, **kwargs)
         names = kwargs.pop(_KEY)
         if names is None:
             return call(self, *args, **kwargs)
-        rows = use_adapter_per_row(self, names)
-        check_batch(names, args, kwargs)
-        with rows:
+        routing = lifecycle.use_adapter_per_row(self, names)
+        rows.check_batch(names, args, kwargs)
+        with routing:
             return call(self, *args, **kwargs)
 
     return routed

@@ -6,11 +6,9 @@ is tied. Here the files are those of `save_adapter`, so of every adapter, and th
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,9 +19,7 @@ from peftlite.checkpoint.card import write_card
 from peftlite.checkpoint.keys import without_prefix
 from peftlite.checkpoint.state_dict import get_peft_model_state_dict
 from peftlite.core.lifecycle import state_of
-from peftlite.core.tree import find_state
 from peftlite.errors import NoAdapterError, UnsupportedFeatureError, warn
-from peftlite.integrations.transformers.owners import FLAG
 
 _FIXED = {"save_peft_format": True, "distributed_checkpoint": False, "safe_serialization": True}
 """Arguments of transformers that can only have one value where adapters are saved."""
@@ -57,35 +53,11 @@ def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike[
     write_card(output_dir, card_of(model, next(iter(state_of(model).configs.values()))))
 
 
-# ---- PreTrainedModel
-_ours: set[Callable[..., Any]] = set()
+def save(model: Any, given: Mapping[str, Any]) -> None:
+    """Save the adapters of a model whose `save_pretrained` was called with these arguments.
 
-
-def patch(cls: Any) -> None:
-    """Have models with adapters in place save and push these; once per class."""
-    if cls.save_pretrained not in _ours:
-        cls.save_pretrained = _saving(cls.save_pretrained)
-        cls.push_to_hub = _pushing(cls.push_to_hub)
-        _ours.add(cls.save_pretrained)
-
-
-def _saves_adapters(model: nn.Module) -> bool:
-    return find_state(model) is not None and bool(getattr(model, FLAG))
-
-
-def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not _saves_adapters(self):
-            return original(self, *args, **kwargs)
-        return _save(self, signature.bind(self, *args, **kwargs).arguments)
-
-    return save_pretrained
-
-
-def _save(model: Any, given: Mapping[str, Any]) -> None:
+    Raises: UnsupportedFeatureError, CheckpointError.
+    """
     extra = given.get("kwargs", {})
     for name, value in _FIXED.items():
         if given.get(name, extra.get(name, value)) is not value:
@@ -103,15 +75,7 @@ def _save(model: Any, given: Mapping[str, Any]) -> None:
         hub.push_to_hub(directory, repo_id, token=given.get("token"), **options)
 
 
-def _pushing(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def push_to_hub(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (_push if _saves_adapters(self) else original)(self, *args, **kwargs)
-
-    return push_to_hub
-
-
-def _push(
+def push(
     model: Any,
     repo_id: str,
     *,

@@ -10,7 +10,7 @@ from peftlite.checks import check_int, check_number, check_pattern, show, wrong
 from peftlite.config import PeftType, register_config
 from peftlite.errors import ConfigError, UnsupportedFeatureError, warn
 from peftlite.tuners.lora.config import LoraConfig
-from peftlite.tuners.lora.options import LoraRuntimeConfig
+from peftlite.tuners.lora.values import LoraRuntimeConfig
 
 WITHOUT_EFFECT: Final = ("r", "use_rslora", "alpha_pattern", "lora_bias")
 

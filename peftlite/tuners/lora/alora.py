@@ -145,3 +145,6 @@ def last_tails(ids: Tensor, tokens: Sequence[int]) -> Tensor:
     places = torch.arange(matches.shape[1], device=ids.device)
     first = torch.where(matches, places, -1).amax(1)  # of the last occurrence
     return torch.where(first < 0, 0, length - first)
+
+
+INVOKED = Invoked()

@@ -138,3 +138,6 @@ def directions(pairs: list[Pair]) -> Tensor:
     """The first right singular vector of each B A (experts, in), in float64 where the device has it."""
     with torch.no_grad():
         return torch.stack([Decomposed.of(LowRank(A[None], B[None])).Vh[0, 0] for A, B in pairs])
+
+
+ROUTED = Routed()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from peftlite.checks import (
     check_bool,
@@ -19,23 +19,17 @@ from peftlite.checks import (
     show,
 )
 from peftlite.config import PeftConfig, PeftType, register_config
-from peftlite.core.targets import match_pattern
 from peftlite.errors import ConfigError, UnsupportedFeatureError, nearest
-from peftlite.tuners.fields import check_probability, check_targets
-from peftlite.tuners.lora.options import (
-    ArrowConfig,
-    BdLoraConfig,
-    CordaConfig,
-    EvaConfig,
-    LoftQConfig,
-    LoraGAConfig,
-    LoraRuntimeConfig,
-    check_ranges,
-    check_tokens,
-    options,
-    plain,
-)
-from peftlite.tuners.trainable_tokens import check_token_field
+from peftlite.registry import later
+from peftlite.tuners.fields import check_probability, check_targets, check_token_field
+from peftlite.tuners.lora.values import LoraRuntimeConfig, check_ranges, check_tokens, given, plain
+
+if TYPE_CHECKING:
+    from peftlite.core import targets
+    from peftlite.tuners.lora import options
+else:
+    targets = later("peftlite.core.targets")
+    options = later("peftlite.tuners.lora.options")
 
 # Fields whose feature this version does not have, and the value that asks for nothing.
 UNBUILT: Final[Mapping[str, object]] = MappingProxyType(
@@ -60,15 +54,14 @@ INITS: Final = (
     "loftq",
 )  # and True, False
 DATA_DRIVEN: Final = (
-    ("eva", "eva_config", EvaConfig),
-    ("corda", "corda_config", CordaConfig),
-    ("lora_ga", "lora_ga_config", LoraGAConfig),
+    ("eva", "eva_config", "EvaConfig"),
+    ("corda", "corda_config", "CordaConfig"),
+    ("lora_ga", "lora_ga_config", "LoraGAConfig"),
 )
 BIASES: Final = ("none", "all", "lora_only")
 
 
-@dataclass(frozen=True)
-class LoraSite:
+class LoraSite(NamedTuple):
     """What a config means for one module: W' = W + scaling * B A, with B A of rank r."""
 
     r: int
@@ -113,10 +106,10 @@ class LoraConfig(PeftConfig):
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
-    eva_config: EvaConfig | dict[str, Any] | None = None
-    corda_config: CordaConfig | dict[str, Any] | None = None
-    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
+    loftq_config: options.LoftQConfig | dict[str, Any] = field(default_factory=dict)
+    eva_config: options.EvaConfig | dict[str, Any] | None = None
+    corda_config: options.CordaConfig | dict[str, Any] | None = None
+    lora_ga_config: options.LoraGAConfig | dict[str, Any] | None = None
     use_dora: bool = False
     velora_config: dict[str, Any] | None = None
     alora_invocation_tokens: list[int] | None = None
@@ -127,8 +120,8 @@ class LoraConfig(PeftConfig):
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: BdLoraConfig | dict[str, Any] | None = None
-    arrow_config: ArrowConfig | dict[str, Any] | None = None
+    use_bdlora: options.BdLoraConfig | dict[str, Any] | None = None
+    arrow_config: options.ArrowConfig | dict[str, Any] | None = None
     kasa_config: dict[str, Any] | None = None
     ensure_weight_tying: bool = False
 
@@ -152,12 +145,12 @@ class LoraConfig(PeftConfig):
 
     def rank_for(self, path: str) -> int:
         """The rank at this path (relative to the base model): of the first `rank_pattern` that matches, else `r`."""
-        key = match_pattern(self.rank_pattern, path)
+        key = targets.match_pattern(self.rank_pattern, path)
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_for(self, path: str) -> float:
         """The alpha at this path: of the first `alpha_pattern` that matches, else `lora_alpha`."""
-        key = match_pattern(self.alpha_pattern, path)
+        key = targets.match_pattern(self.alpha_pattern, path)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def scaling_for(self, path: str) -> float:
@@ -174,7 +167,7 @@ class LoraConfig(PeftConfig):
 
         Raises: ConfigError, or UnsupportedFeatureError of a method that does not have what is asked for.
         """
-        return options("runtime_config", value, LoraRuntimeConfig) or LoraRuntimeConfig()
+        return given("runtime_config", value, LoraRuntimeConfig) or LoraRuntimeConfig()
 
     def _check_unbuilt(self) -> None:
         for name in self.absent:
@@ -218,13 +211,14 @@ class LoraConfig(PeftConfig):
             self._check_init(self.init_lora_weights)
 
     def _check_options(self) -> None:
-        self.arrow_config = options("arrow_config", self.arrow_config, ArrowConfig)
+        self.arrow_config = self._option("arrow_config", "ArrowConfig")
         self.layer_replication = check_ranges("layer_replication", self.layer_replication)
-        self.use_bdlora = options("use_bdlora", self.use_bdlora, BdLoraConfig)
+        self.use_bdlora = self._option("use_bdlora", "BdLoraConfig")
         for init, name, kind in DATA_DRIVEN:
-            given = options(name, getattr(self, name), kind)
-            setattr(self, name, kind() if given is None and self.init_lora_weights == init else given)
-        loftq = options("loftq_config", self.loftq_config, LoftQConfig)
+            given = self._option(name, kind)
+            missing = given is None and self.init_lora_weights == init
+            setattr(self, name, getattr(options, kind)() if missing else given)
+        loftq = self._option("loftq_config", "LoftQConfig")
         if loftq is None and self.init_lora_weights == "loftq":
             raise ConfigError(
                 "`init_lora_weights` is `loftq`, and `loftq_config` does not say with how many bits; give it "
@@ -235,6 +229,11 @@ class LoraConfig(PeftConfig):
         self.trainable_token_indices = check_token_field(self.trainable_token_indices)
         self.qalora_group_size = check_int("qalora_group_size", self.qalora_group_size, 1)
         self.alora_invocation_tokens = check_tokens("alora_invocation_tokens", self.alora_invocation_tokens)
+
+    def _option(self, field: str, kind: str) -> Any:
+        """A field with fields of its own, of the class of this name; most configs have none of them."""
+        value = getattr(self, field)
+        return None if value is None or value == {} else given(field, value, getattr(options, kind))
 
     def _check_forms(self) -> None:
         init = self.init_lora_weights

@@ -142,3 +142,6 @@ def _norms(w: Tensor, A: Tensor, B: Tensor, scaling: float, changed: bool) -> Te
     A, B = A.to(w.dtype), B.to(w.dtype)
     inner = ((2 * (w @ A.T) + scaling * (B @ (A @ A.T))) * B).sum(1)
     return (norms.square() + scaling * inner).clamp_min(0).sqrt()
+
+
+DORA = Dora()

@@ -96,3 +96,7 @@ class Pooled(Lora):
         out, into = host.shape
         bias = out if config.lora_bias else 0
         return r, r * (into // config.qalora_group_size + out) + bias
+
+
+BLOCKS = Blocks()
+POOLED = Pooled()

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class LowRank:
+class LowRank(NamedTuple):
     """The matrices B A (n, out, in), with A (n, r, in) and B (n, out, r)."""
 
     A: Tensor
@@ -36,8 +35,7 @@ class LowRank:
         return self.B @ self.A
 
 
-@dataclass(frozen=True)
-class Approximation:
+class Approximation(NamedTuple):
     """How near an adapter of limited rank is to what it stands for, by the path of each layer.
 
     `ranks` has the rank that the adapter got there; `errors` |D - B A| / |D|, Frobenius norms, where D is the exact
@@ -61,8 +59,7 @@ class Approximation:
         )
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One layer's share of an `Approximation`: its rank, its relative error, and the norm that it is relative to."""
 
     rank: int
@@ -106,8 +103,7 @@ def distance(exact: Tensor | LowRank, near: LowRank) -> float:
     return missed / whole if whole else 0.0
 
 
-@dataclass(frozen=True)
-class Decomposed:
+class Decomposed(NamedTuple):
     """Singular value decompositions U S Vh of a stack: (n, out, k), (n, k), (n, k, in)."""
 
     U: Tensor

@@ -10,7 +10,7 @@ from peftlite.core.binding import unbind
 from peftlite.core.lifecycle import state_of
 from peftlite.errors import ConfigError
 from peftlite.tuners.lora.config import LoraConfig
-from peftlite.tuners.lora.options import LoraRuntimeConfig
+from peftlite.tuners.lora.values import LoraRuntimeConfig
 
 
 def set_runtime_config(

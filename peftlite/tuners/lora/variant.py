@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from peftlite.config import PeftType
 from peftlite.core.hosts import Host
 from peftlite.core.slots import ModuleSlot, Slot
 from peftlite.core.variant import TunerSpec, Variant, register
-from peftlite.tuners.lora.alora import Invoked
-from peftlite.tuners.lora.arrow import Routed
+from peftlite.registry import later
 from peftlite.tuners.lora.config import LoraConfig
-from peftlite.tuners.lora.dora import Dora
-from peftlite.tuners.lora.frugal import Blocks, Pooled
 from peftlite.tuners.lora.inits.table import beginning
 from peftlite.tuners.lora.plain import Lora
 from peftlite.tuners.lora.start import Mica, Shifted
+
+if TYPE_CHECKING:
+    from peftlite.tuners.lora import alora, arrow, dora, frugal
+else:
+    alora = later("peftlite.tuners.lora.alora")
+    arrow = later("peftlite.tuners.lora.arrow")
+    dora = later("peftlite.tuners.lora.dora")
+    frugal = later("peftlite.tuners.lora.frugal")
 
 SLOTS = (
     Slot("lora_dropout", ModuleSlot, trainable=False),
@@ -29,26 +35,22 @@ SLOTS = (
 _LORA = Lora()
 _SHIFTED = Shifted()
 _MICA = Mica()
-_DORA = Dora()
-_BLOCKS = Blocks()
-_POOLED = Pooled()
-_INVOKED = Invoked()
-_ROUTED = Routed()
 
 
 def variant_for(config: LoraConfig) -> Variant:
     """The variant that a config asks for."""
-    forms = (
-        (config.use_dora, _DORA),
-        (config.use_bdlora is not None, _BLOCKS),
-        (config.use_qalora, _POOLED),
-        (bool(config.alora_invocation_tokens), _INVOKED),
-        (config.arrow_config is not None, _ROUTED),
-        (config.init_lora_weights == "mica", _MICA),
-    )
-    for asked, variant in forms:
-        if asked:
-            return variant
+    if config.use_dora:
+        return dora.DORA
+    if config.use_bdlora is not None:
+        return frugal.BLOCKS
+    if config.use_qalora:
+        return frugal.POOLED
+    if config.alora_invocation_tokens:
+        return alora.INVOKED
+    if config.arrow_config is not None:
+        return arrow.ROUTED
+    if config.init_lora_weights == "mica":
+        return _MICA
     begin = beginning(config.init_lora_weights)
     return _SHIFTED if begin is not None and begin.subtracted else _LORA
 

@@ -136,7 +136,7 @@ def union_of_companions(sources: Sources) -> dict[str, Any]:
     Raises: ConfigError for values that cannot be joined.
     """
     joined: dict[str, Any] = {}
-    for field in dict.fromkeys(companion.field for companion in COMPANIONS):
+    for field in dict.fromkeys(companion.field for companion in COMPANIONS.values()):
         values = [value for config in sources.configs if (value := getattr(config, field)) is not None]
         if all(value == values[0] for value in values):
             joined[field] = copy.deepcopy(values[0]) if values else None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,13 +14,19 @@ from peftlite.core.hosts import Host, widened
 from peftlite.core.slots import NEW_WEIGHT
 from peftlite.core.variant import Placement
 from peftlite.errors import StateError
-from peftlite.tuners.lora.inits import covariance, gradients, loftq, weights
+from peftlite.registry import later
+from peftlite.tuners.lora.inits import loftq, weights
+
+if TYPE_CHECKING:
+    from peftlite.tuners.lora.inits import covariance, gradients
+else:
+    covariance = later("peftlite.tuners.lora.inits.covariance")
+    gradients = later("peftlite.tuners.lora.inits.gradients")
 
 START = "start"
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A linear layer whose factors begin: its weight W (out, in), and what its config means for it."""
 
     W: Tensor
@@ -48,8 +53,7 @@ def within(host: Host, r: int) -> str | None:
     return f"`init_lora_weights='mica'` needs a rank of at most {most}, and its rank is {r}" if r > most else None
 
 
-@dataclass(frozen=True)
-class Beginning:
+class Beginning(NamedTuple):
     """How the factors of a linear layer begin: `make(job)` gives A (r, in) and B (out, r) in W's dtype."""
 
     make: Callable[[Job], tuple[Tensor, ...]]

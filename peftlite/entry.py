@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from peftlite.checkpoint.keys import shown, without_prefix
 from peftlite.config import PeftConfig
-from peftlite.core import lifecycle
-from peftlite.core.inject import check_config, inject
-from peftlite.core.targets import UnmatchedPolicy
 from peftlite.core.transaction import atomic
-from peftlite.core.variant import tuner_for
 from peftlite.errors import CheckpointError, StateError, UnsupportedFeatureError
-from peftlite.model.wrapper import PeftModel, model_class_for
+from peftlite.registry import later
+
+if TYPE_CHECKING:
+    from peftlite import model as wrappers
+    from peftlite.checkpoint import keys
+    from peftlite.core import inject as injection
+    from peftlite.core import lifecycle, targets, variant
+else:
+    wrappers = later("peftlite.model")
+    keys = later("peftlite.checkpoint.keys")
+    injection = later("peftlite.core.inject")
+    lifecycle = later("peftlite.core.lifecycle")
+    targets = later("peftlite.core.targets")
+    variant = later("peftlite.core.variant")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,8 +38,8 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
     *,
-    unmatched: UnmatchedPolicy = "error",
-) -> PeftModel:
+    unmatched: targets.UnmatchedPolicy = "error",
+) -> wrappers.PeftModel:
     """Add an adapter to `model`, in place, and wrap it in the class that belongs to the config's task.
 
     The config is copied; `revision`, of the base model, goes into the copy. `unmatched="warn"` or `"ignore"` accepts
@@ -44,11 +52,11 @@ def get_peft_model(
     """
     if mixed:
         raise UnsupportedFeatureError("`mixed` is `True`; it can only be `False`. Nothing was changed.")
-    check_config(peft_config)
+    injection.check_config(peft_config)
     if revision is not None:
         peft_config = peft_config.copy()
         peft_config.revision = revision
-    return model_class_for(peft_config)(
+    return wrappers.model_class_for(peft_config)(
         model,
         peft_config,
         adapter_name,
@@ -58,14 +66,14 @@ def get_peft_model(
     )
 
 
-def wrap(model: nn.Module) -> PeftModel:
+def wrap(model: nn.Module) -> wrappers.PeftModel:
     """The wrapper of a model that has adapters in place: nothing is copied; `PeftModel.unwrap` is the way back.
 
     A model that is wrapped is given back as it is.
 
     Raises: NoAdapterError, StateError if its adapters are of several kinds.
     """
-    if isinstance(model, PeftModel):
+    if isinstance(model, wrappers.PeftModel):
         return model
     configs = lifecycle.state_of(model).configs
     kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()})
@@ -74,7 +82,7 @@ def wrap(model: nn.Module) -> PeftModel:
             f"A wrapper is for adapters of one kind, and this model has {', '.join(f'`{kind}`' for kind in kinds)}. "
             "Nothing was changed."
         )
-    return model_class_for(next(iter(configs.values()))).around(model)
+    return wrappers.model_class_for(next(iter(configs.values()))).around(model)
 
 
 @atomic
@@ -86,7 +94,7 @@ def inject_adapter_in_model(
     state_dict: Mapping[str, Tensor] | None = None,
     *,
     autocast_adapter_dtype: bool = True,
-    unmatched: UnmatchedPolicy = "error",
+    unmatched: targets.UnmatchedPolicy = "error",
 ) -> M:
     """Add an adapter to any torch module, in place, make it the active one, and give the module back.
 
@@ -96,7 +104,7 @@ def inject_adapter_in_model(
     Raises: what `peftlite.plan` raises; the model is then as it was.
     """
     config = peft_config if state_dict is None else targets_from(state_dict, peft_config)
-    inject(
+    injection.inject(
         model,
         config,
         adapter_name,
@@ -114,17 +122,17 @@ def targets_from(state_dict: Mapping[str, Tensor], config: PeftConfig) -> PeftCo
 
     Raises: CheckpointError if there are none.
     """
-    slots = {slot.name for slot in tuner_for(config).slots if not slot.shared}
+    slots = {slot.name for slot in variant.tuner_for(config).slots if not slot.shared}
     paths = set()
     for key in state_dict:
-        parts = without_prefix(key).split(".")
+        parts = keys.without_prefix(key).split(".")
         at = next((i for i, part in enumerate(parts) if part in slots), 0)
         if at:
             paths.add(".".join(parts[:at]))
     if not paths:
         raise CheckpointError(
-            f"`state_dict` has no weights of a `{tuner_for(config).peft_type}` adapter; its keys are "
-            f"{', '.join(map(shown, list(state_dict)[:3])) or 'none'}. Nothing was changed."
+            f"`state_dict` has no weights of a `{variant.tuner_for(config).peft_type}` adapter; its keys are "
+            f"{', '.join(map(keys.shown, list(state_dict)[:3])) or 'none'}. Nothing was changed."
         )
     selecting: dict[str, Any] = {"target_modules": sorted(paths), "exclude_modules": None, "layers_to_transform": None}
     has = {field.name for field in dataclasses.fields(config)}
