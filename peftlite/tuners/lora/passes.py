@@ -6,13 +6,14 @@ Elsewhere all rows go at once. None of this is differentiable: it is for inferen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftlite.core.slots import HALF_DTYPES
 from peftlite.tuners.lora.blocks import blocks, is_large
 from peftlite.tuners.lora.masks import drop_, dropped
 
@@ -43,6 +44,12 @@ class Kept(NamedTuple):
 def entered(x: Tensor, bits: Tensor | None, dtype: torch.dtype, rows: slice) -> Tensor:
     """Some rows of what A is given."""
     return dropped(x[rows], of_rows(bits, rows)).to(dtype)
+
+
+def pieces(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Iterator[slice]:
+    """Blocks of the rows; all rows in half precision, whose kernels are slow to start, if nothing is made of them."""
+    whole = x.dtype == dtype in HALF_DTYPES and bits is None
+    return iter((slice(0, len(x)),)) if whole else blocks(x)
 
 
 def of_rows(bits: Tensor | None, rows: slice) -> Tensor | None:
@@ -88,13 +95,13 @@ def gradients(
     gu = A.new_empty(len(g), len(A), dtype=dtype)
     gA = torch.zeros_like(A) if need[3] else None
     gB = B.new_zeros(len(A), len(B)) if need[4] else None  # transposed: large matrices stay as they lie
-    for rows in blocks(g):
+    for rows in pieces(g, dtype):
         wide = g[rows].to(dtype)
         torch.mm(wide, Bs, out=gu[rows])
         if gB is not None:
             add_sum(gB, u[rows], wide, s)
     if gA is not None:
-        for rows in blocks(x):
+        for rows in pieces(x, dtype, bits):
             add_sum(gA, gu[rows], entered(x, bits, dtype, rows), 1.0)
     return gu, gA, None if gB is None else gB.t().contiguous()
 
