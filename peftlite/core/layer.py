@@ -16,10 +16,10 @@ from peftlite.core.slots import (
     NEW_WEIGHT,
     BufferSlot,
     Numbers,
-    ParameterSlot,
     Slot,
     SlotContainer,
     View,
+    Watched,
     parameters_in,
     replace_tensor,
 )
@@ -118,6 +118,8 @@ class AdapterLayer(TiedLayer):
     def add(self, name: str, variant: Variant, values: Mapping[str, Any]) -> None:
         """Attach an adapter whose tensors and numbers were made by `variant.init`."""
         put(self.variants, name, variant)
+        if variant.mixes and name not in self.state.mixing:
+            self.state.change(mixing=self.state.mixing | {name})
         for key, value in values.items():
             if key == NEW_WEIGHT:
                 self.rewrite(value)
@@ -383,7 +385,7 @@ class AdapterLayer(TiedLayer):
         for number in self.tuner.numbers:
             self.__dict__[number].on_write = self._number_written
         for module in self._modules.values():
-            if isinstance(module, ParameterSlot):
+            if isinstance(module, Watched):
                 module.__dict__["on_write"] = self.unbind
         self.__dict__.update(_host=None, _owner=None, _stamp=None)
         self.unbind()

@@ -106,7 +106,8 @@ class MergingLayer(ScalingLayer):
 
     def unbind(self, name: str | None = None) -> None:
         """Forget everything derived from the adapters on this layer, or from one of them; it is made again on use."""
-        if name is None or name in (self.state.active if self._own_active is None else self._own_active):
+        active = self.state.active if self._own_active is None else self._own_active
+        if name is None or name in active or not self.state.mixing.isdisjoint(active):
             self.__dict__["_program"] = None
         self.state.forget_plans(name)
         if self._owner is not None:

@@ -17,7 +17,28 @@ from peftlite.core.lean import Lean
 from peftlite.core.transaction import drop, keep, on_failure, put
 
 
-class ModuleSlot(Lean, nn.ModuleDict):
+class Watched(Lean):
+    """A container that calls `on_write` when what it has of an adapter is replaced, which programs have bound.
+
+    It is given the adapter's name, or None when all are replaced.
+    """
+
+    on_write: Callable[[str | None], None] | None = None
+
+    def _replaced(self, name: str | None = None) -> None:
+        if self.on_write is not None:
+            self.on_write(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:  # how `load_state_dict(assign=True)` replaces a parameter
+        super().__setattr__(name, value)
+        if name in self._modules or name in self._parameters:
+            self._replaced(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "on_write"}
+
+
+class ModuleSlot(Watched, nn.ModuleDict):
     """An `nn.ModuleDict` that takes any adapter name, also those of its own methods ("train", "type")."""
 
     @property
@@ -30,40 +51,23 @@ class ModuleSlot(Lean, nn.ModuleDict):
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         put(self._modules, key, module)
+        self._replaced(key)
 
     def __delitem__(self, key: str) -> None:
         drop(self._modules, key)
 
 
-class ParameterSlot(Lean, nn.ParameterDict):
-    """An `nn.ParameterDict` that takes any adapter name, and so keeps its parameters by key alone.
-
-    Compiled code has parameters bound (see `View`), so `on_write` is called when one is replaced by another, with its
-    name, or with None when all are.
-    """
-
-    on_write: Callable[[str | None], None] | None = None
+class ParameterSlot(Watched, nn.ParameterDict):
+    """An `nn.ParameterDict` that takes any adapter name, and so keeps its parameters by key alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.__dict__["_keys"] = {}  # torch's own list of keys, which stays empty
 
-    def _replaced(self, name: str | None = None) -> None:
-        if self.on_write is not None:
-            self.on_write(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:  # how `load_state_dict(assign=True)` replaces a parameter
-        super().__setattr__(name, value)
-        if name in self._parameters:
-            self._replaced(name)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParameterSlot:
         moved: ParameterSlot = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._replaced()
         return moved
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "on_write"}
 
     @property
     def held(self) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class AdapterState:
         self.enabled = True
         self.cast_inputs = True
         """Whether factors are given the layers' inputs in their own dtype, where that is another."""
+        self.mixing: frozenset[str] = frozenset()
+        """Adapters that read others, so that what is derived from them changes with any."""
         self.plans: dict[tuple[str, ...], dict[int, Any]] = {}
         """For a set of adapters, what each layer runs, by its place."""
         self.banks: dict[tuple[str, ...], dict[int, Any]] = {}
@@ -75,7 +77,11 @@ class AdapterState:
         """Forget an adapter."""
         for of_adapters in (self.configs, self.ids, self.memory):
             drop(of_adapters, name)
-        self.change(active=tuple(n for n in self.active if n != name), trainable=self.trainable - {name})
+        self.change(
+            active=tuple(n for n in self.active if n != name),
+            trainable=self.trainable - {name},
+            mixing=self.mixing - {name},
+        )
 
     def change(self, **values: Any) -> None:
         """Set attributes, to be taken back."""
@@ -105,11 +111,11 @@ class AdapterState:
 
         With one that is not known yet, nothing was.
         """
-        if name is not None and name not in self.configs:
+        if name is not None and name not in self.configs and not self.mixing:
             return
         for derived in (self.plans, self.banks):
             for names in list(derived):
-                if name is None or name in names:
+                if name is None or name in names or not self.mixing.isdisjoint(names):
                     del derived[names]
         self.version = object()
 

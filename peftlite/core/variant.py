@@ -46,6 +46,8 @@ class Variant:
     """Whether two adapters of this kind on one layer may be unable to be active together (see `clash`)."""
     observes: frozenset[str] | None = None
     """Arguments of the whole model's calls that are this variant's own, of one that looks at these calls (`inputs`)."""
+    mixes = False
+    """Whether it reads other adapters of its layer."""
     frozen: frozenset[str] = frozenset()
     """Slots that do not train, of those that do for other variants of the same tuner."""
 

@@ -112,6 +112,29 @@ def test_a_plan_walks_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(walks) == 1
 
 
+@pytest.mark.parametrize("how", ["item", "attribute", "update"])
+def test_a_module_put_in_the_place_of_another_is_what_runs(how: str) -> None:
+    model, x = crowd(3), torch.randn(2, 16)
+    layer = model.base_model.model.lin0
+    found = []
+    for number in (1.0, 2.0):
+        B = nn.Linear(2, 8, bias=False)
+        nn.init.constant_(B.weight, number)
+        if how == "item":
+            layer.lora_B["n1"] = B
+        elif how == "attribute":
+            layer.lora_B.n1 = B
+        else:
+            layer.lora_B.update({"n1": B})
+        model.set_adapter("n1")
+        with peftlite.use_adapter_per_row(model, ["n1", "n0"]):
+            by_row = model(x)[:1]
+        assert torch.allclose(model(x)[:1], by_row, atol=1e-6)
+        found.append(layer(x) - layer.base_layer(x))
+    assert torch.allclose(found[0] * 2, found[1], atol=1e-6)
+    assert found[0].abs().max() > 0.01
+
+
 def test_eval_mode_reaches_modules_that_were_put_into_training_alone(tmp_path: Path) -> None:
     model = crowd(3)
     model.save_pretrained(tmp_path, selected_adapters=["n0"])

@@ -29,6 +29,7 @@ class Routed(Lora):
     """
 
     frozen = frozenset({"lora_A", "lora_B"})
+    mixes = True
 
     def check(self, host: Host, config: Any, path: str) -> str | None:
         if not isinstance(host, LinearHost):
