@@ -50,8 +50,6 @@ def adapted(dtype: torch.dtype, dropout: float, bias: str = "none", **runtime: s
     fields: dict[str, Any] = {"r": 3, "target_modules": ["0"], "lora_dropout": dropout, "bias": bias}
     config = peftlite.LoraConfig(runtime_config=peftlite.LoraRuntimeConfig(**runtime), **fields)  # type: ignore[arg-type]
     peftlite.inject(model, config)
-    torch.manual_seed(1)
-    nn.init.uniform_(model[0].lora_A["default"].weight, -0.2, 0.2)
     nn.init.normal_(model[0].lora_B["default"].weight)
     return model[0]
 

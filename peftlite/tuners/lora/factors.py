@@ -323,12 +323,7 @@ def uniform(shape: tuple[int, ...], fan_in: int, at: Placement) -> Tensor:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initialisation of `nn.Linear`."""
     bound = 1 / math.sqrt(fan_in)
     made = torch.empty(shape, dtype=at.dtype, device=at.device)
-    if made.is_meta:  # torch takes its time to draw nothing
-        return made
-    if made.device.type != "cpu" or made.dtype != torch.float32 or made.numel() % 2:
-        return made.uniform_(-bound, bound)
-    made.view(-1).view(torch.int64).random_(-(2**63), None)  # 64 bits, for two numbers, cost little more than for one
-    return made.copy_(made.view(torch.int32)).mul_(bound / 2**31)
+    return made if made.is_meta else made.uniform_(-bound, bound)  # torch takes its time to draw nothing
 
 
 def zeros(shape: tuple[int, ...], at: Placement) -> Tensor:
