@@ -16,7 +16,7 @@ import torch
 from benchmarks import page
 from benchmarks.harness import IMPLEMENTATIONS, Curve, Row, Settings
 
-THEMES = ("imports", "injection", "files", "calls", "training", "merging", "mixed", "graphs", "growth")
+THEMES = ("imports", "injection", "files", "calls", "training", "variants", "merging", "mixed", "graphs", "growth")
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 

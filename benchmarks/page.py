@@ -28,6 +28,7 @@ TITLES = {
     "files": "Files and switching, Llama-3.2-1B shapes",
     "calls": "Calls without gradients",
     "training": "Training a Llama block",
+    "variants": "Other methods",
     "merging": "Merging",
     "mixed": "Rows of different adapters in one batch",
     "graphs": "torch.compile",

@@ -285,8 +285,16 @@ class AdapterLayer(TiedLayer):
             view = View(self, name)
             call = partial(self.variants[name].forward, view, call)
         call = partial(self._near, call) if live else call
-        fast = self.variants[live[0]].bind(view, call) if len(live) == 1 else None
-        return fast or call
+        return self._bound(live, call) or call
+
+    def _bound(self, live: Sequence[str], slow: Program) -> Program | None:
+        """A faster program than `slow` for these adapters, if their variant has one."""
+        variants, views = [self.variants[name] for name in live], [View(self, name) for name in live]
+        if len(live) == 1:
+            return variants[0].bind(views[0], slow)
+        if len({type(variant) for variant in variants}) == 1:
+            return variants[0].bind_several(views, slow)
+        return None
 
     def bank(self, names: Sequence[str]) -> Bank | None:
         """What runs rows of these adapters together, if possible; of the base layer, where it has none of a name."""

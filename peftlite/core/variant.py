@@ -102,6 +102,10 @@ class Variant:
         """A callable equal to `slow` (this adapter around the base layer), only faster; or None."""
         return None
 
+    def bind_several(self, views: Sequence[View], slow: Program) -> Program | None:
+        """The same for several adapters of this kind, active together on one layer; or None."""
+        return None
+
     def bank(self, layer: Any, views: Sequence[View | None]) -> Bank | None:
         """What runs rows of different adapters of this kind on one layer together, equal to one by one; or None.
 

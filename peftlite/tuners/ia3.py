@@ -17,6 +17,7 @@ from peftlite.core.variant import Placement, Program, TunerSpec, Variant, regist
 from peftlite.errors import ConfigError
 from peftlite.patterns import bounded
 from peftlite.tuners.fields import check_targets, note_storage
+from peftlite.tuners.scaled import by_columns
 
 
 @dataclass
@@ -94,9 +95,9 @@ class IA3(Variant):
     def forward(self, a: View, call: Program, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         scale: Tensor = a.ia3_l.view(-1, *a.ia3_l.shape[2:]) if a.ia3_l.dim() > 2 else a.ia3_l.flatten()
         if a.is_feedforward:
-            return call((x * scale).to(x.dtype), *args, **kwargs)
+            return call(by_columns(x, scale), *args, **kwargs)
         y: Tensor = call(x, *args, **kwargs)
-        return (y * scale).to(y.dtype)
+        return by_columns(y, scale)
 
     def merge(self, a: View, dense: Dense, rows: slice = ALL_ROWS) -> Dense:
         host: Host = a.layer.host

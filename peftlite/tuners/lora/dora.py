@@ -102,11 +102,14 @@ class Dora(Shifted):
         own = a.layer.own()
         g = along_output(host, self.gain(a, own))
         entered = entering(host, a, x)
+        added = self.low_rank(a, x, entered) * a.scaling
         if drops(host, a):
             linear = host.apply(entered.to(own.weight.dtype), own.weight)
+        elif own.bias is not None:
+            linear = y - along_output(host, own.bias)
         else:
-            linear = y if own.bias is None else y - along_output(host, own.bias)
-        return (y + (g - 1) * linear + g * (self.low_rank(a, x, entered) * a.scaling)).to(y.dtype)
+            return (g * (y + added)).to(y.dtype)
+        return (y + (g - 1) * linear + g * added).to(y.dtype)
 
     def merge(self, a: View, dense: Dense, rows: slice = ALL_ROWS) -> Dense:
         own = a.layer.own(rows)
@@ -140,7 +143,7 @@ def _norms(w: Tensor, A: Tensor, B: Tensor, scaling: float, changed: bool) -> Te
     if not changed:
         return norms
     A, B = A.to(w.dtype), B.to(w.dtype)
-    inner = ((2 * (w @ A.T) + scaling * (B @ (A @ A.T))) * B).sum(1)
+    inner = (torch.addmm(w @ A.T, B, scaling * (A @ A.T), beta=2) * B).sum(1)
     return (norms.square() + scaling * inner).clamp_min(0).sqrt()
 
 

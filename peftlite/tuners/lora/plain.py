@@ -28,6 +28,7 @@ from peftlite.tuners.lora.factors import (
     not_expressible,
     outer,
 )
+from peftlite.tuners.lora.several import BoundLoras
 
 
 class Lora(Additive):
@@ -86,6 +87,10 @@ class Lora(Additive):
 
     def bind(self, a: View, slow: Program) -> Program | None:
         return BoundLinear(a, slow) if type(self) is Lora and suits(a) else None
+
+    def bind_several(self, views: Sequence[View], slow: Program) -> Program | None:
+        alike = type(self) is Lora and all(map(suits, views)) and not any(map(in_base_dtype, views))
+        return BoundLoras(views, slow) if alike else None
 
     def bank(self, layer: Any, views: Sequence[View | None]) -> Bank | None:
         present = [a for a in views if a is not None]
