@@ -53,6 +53,7 @@ CORE = (
     "targets",
     "sharding",
     "tree",
+    "modes",
     "replicas",
     "facts",
     "found",

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,38 +109,6 @@ def keep_values(*tensors: Tensor) -> None:
     if _journal.steps is not None:
         for tensor in tensors:
             _journal.steps.append(partial(write, tensor, tensor.detach().clone()))
-
-
-def evaluate(model: nn.Module) -> None:
-    """`model.eval()`, to be taken back; without visiting what has no children and is in eval mode already."""
-    stack = [model]
-    while stack:
-        module = stack.pop()
-        if type(module).train is not nn.Module.train:  # a method of its own, which may do more
-            if is_training(module):
-                for one in module.modules():
-                    keep(one.__dict__, "training")
-                module.train(False)
-            continue
-        if module.training:
-            keep(module.__dict__, "training")
-            module.training = False
-        stack += _of_interest(module)
-
-
-def is_training(model: nn.Module) -> bool:
-    """Whether anything in a model is in training mode."""
-    stack = [model]
-    while stack:
-        module = stack.pop()
-        if module.training:
-            return True
-        stack += _of_interest(module)
-    return False
-
-
-def _of_interest(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module._modules.values() if m is not None and (m.training or m._modules)]
 
 
 def put(mapping: dict[str, Any], key: str, value: Any) -> None:

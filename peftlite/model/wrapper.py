@@ -24,9 +24,10 @@ from peftlite.base_tuner import (
 from peftlite.config import PeftConfig, PeftType, TaskType
 from peftlite.core import lifecycle
 from peftlite.core.inject import check_config, inject
+from peftlite.core.modes import evaluate
 from peftlite.core.rows import check_batch
 from peftlite.core.targets import UnmatchedPolicy
-from peftlite.core.transaction import atomic, evaluate
+from peftlite.core.transaction import atomic
 from peftlite.core.tree import base_model_of, layers
 from peftlite.errors import StateError, UnsupportedFeatureError
 from peftlite.registry import later

@@ -135,13 +135,37 @@ def test_a_module_put_in_the_place_of_another_is_what_runs(how: str) -> None:
     assert found[0].abs().max() > 0.01
 
 
-def test_eval_mode_reaches_modules_that_were_put_into_training_alone(tmp_path: Path) -> None:
+def test_eval_mode_reaches_modules_in_use_that_were_put_into_training_alone(tmp_path: Path) -> None:
     model = crowd(3)
     model.save_pretrained(tmp_path, selected_adapters=["n0"])
-    lone = model.get_submodule("base_model.model.lin0.lora_dropout.n1").train()
+    lone = model.get_submodule("base_model.model.lin0.lora_dropout.n0").train()
     model.load_adapter(tmp_path / "n0", "new")
     assert not lone.training
     assert not any(module.training for module in model.modules())
+    model.train()
+    model.load_adapter(tmp_path / "n0", "another")
+    assert not any(module.training for module in model.modules())
+
+
+class Watched(nn.Dropout):
+    """Tells whether anybody asks for its mode."""
+
+    asked = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "training":
+            Watched.asked += 1
+        return super().__getattribute__(name)
+
+
+def test_adapters_that_are_not_in_use_are_not_visited_by_a_load(tmp_path: Path) -> None:
+    model = crowd(3)
+    model.save_pretrained(tmp_path, selected_adapters=["n0"])
+    model.base_model.model.lin0.lora_dropout["n1"] = Watched().eval()
+    Watched.asked = 0
+    model.load_adapter(tmp_path / "n0", "new")
+    model.delete_adapter("new")
+    assert not Watched.asked
 
 
 def test_eval_mode_is_asked_of_modules_that_have_a_way_of_their_own(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from peftlite.checkpoint.report import LoadReport, Strict
 from peftlite.checkpoint.tensorfile import MemoryTensors
 from peftlite.config import PeftConfig, config_from_dict
 from peftlite.core import lifecycle
-from peftlite.core.transaction import atomic, evaluate
+from peftlite.core.modes import evaluate
+from peftlite.core.transaction import atomic
 from peftlite.core.tree import find_state
 from peftlite.errors import AdapterNameError, ConfigError, UnsupportedFeatureError, nearest, warn
 from peftlite.integrations.transformers.owners import check_not_ours, is_foreign, is_foreign_config

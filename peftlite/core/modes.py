@@ -1,0 +1,53 @@
+"""Eval mode, without a look at every module of every adapter: there may be very many."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peftlite.core.layer import AdapterLayer
+from peftlite.core.transaction import keep
+
+
+def evaluate(model: nn.Module) -> None:
+    """`model.eval()`, to be taken back; without visiting what has no children and is in eval mode already.
+
+    Adapters that are not in use have the mode in which their layer was when they were added, or that it was put into
+    since. Single modules of theirs that were put into another by hand are left in it.
+    """
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if type(module).train is not nn.Module.train:  # a method of its own, which may do more
+            if is_training(module):
+                for one in module.modules():
+                    keep(one.__dict__, "training")
+                module.train(False)
+            continue
+        if module.training:
+            keep(module.__dict__, "training")
+            module.training = False
+            stack += [child for child in module._modules.values() if child is not None]
+        else:
+            stack += _of_interest(module)
+
+
+def is_training(model: nn.Module) -> bool:
+    """Whether anything in a model is in training mode, of adapters only those in use."""
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if module.training:
+            return True
+        stack += _of_interest(module)
+    return False
+
+
+def _of_interest(module: nn.Module) -> list[nn.Module]:
+    """The children of a module in eval mode that are, or may have in them, modules in training mode."""
+    found = [child for child in module._modules.values() if child is not None]
+    if isinstance(module, AdapterLayer):
+        names = module.active_adapters
+        slots = [child for child in found if child is not module.wrapped and not child.training]
+        found = [child for child in found if child not in slots]
+        found += [slot._modules[name] for slot in slots for name in names if slot._modules.get(name) is not None]
+    return [child for child in found if child.training or child._modules]
