@@ -38,7 +38,7 @@ def as_now(
     if not isinstance(config, LoraConfig) or config.kind is not LoraConfig.kind:
         return config, source
     paths = factor_paths(source.infos)
-    if all(is_layer(base, path) for path in paths):
+    if are_layers(base, paths):
         return config, source
     found = Found.of(base)
     strange = paths - known_paths(found, config)
@@ -91,12 +91,18 @@ def factor_paths(keys: Iterable[str]) -> set[str]:
     return {".".join(part for part in path.split(".") if part != "base_layer") for path in paths}
 
 
-def is_layer(base: nn.Module, path: str) -> bool:
-    """Whether there is a layer at a path, that adapters can be on as a whole."""
-    module: nn.Module | None = base
-    for name in path.split("."):
-        module = None if module is None else innermost(module)._modules.get(name)
-    return module is not None and host_at(module, None) is not None
+def are_layers(base: nn.Module, paths: Iterable[str]) -> bool:
+    """Whether there are layers at these paths, that adapters can be on as a whole."""
+    seen: dict[str, nn.Module | None] = {"": base}
+
+    def at(path: str) -> nn.Module | None:
+        if path not in seen:
+            parent, _, name = path.rpartition(".")
+            above = at(parent)
+            seen[path] = None if above is None else innermost(above)._modules.get(name)
+        return seen[path]
+
+    return all((module := at(path)) is not None and host_at(module, None) is not None for path in paths)
 
 
 def known_paths(found: Found, config: LoraConfig) -> set[str]:

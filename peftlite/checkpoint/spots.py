@@ -20,7 +20,7 @@ class Spot(NamedTuple):
     path: str
     module: nn.Module
     site: Site | None = None
-    """The site of a plan that puts a new adapter layer here."""
+    """The site of a plan that puts a new adapter layer here, or an adapter on this one."""
     around: AdapterLayer | None = None
     """The adapter layer whose base layer this is, whosever adapters it has."""
     adapted: bool = False
@@ -32,13 +32,13 @@ def spots(
 ) -> Iterator[Spot]:
     """Every module, each once and parents first: adapter layers with this adapter, layers to come, and base modules."""
     coming: dict[int, list[Site]] = {}
-    joined: set[int] = set()
+    joined: dict[int, Site] = {}
     for site in planned.sites if planned is not None else ():
         layer = site.layer
         if layer is None:
             coming.setdefault(id(site.module), []).insert(0, site)  # a later one goes around an earlier one
         else:
-            joined.add(id(layer))
+            joined[id(layer)] = site
     seen: set[int] = set()
     stack = [Spot("", base)]
     while stack:
@@ -54,7 +54,7 @@ def spots(
         if isinstance(module, AdapterLayer):
             holds = name in module.variants or id(module) in joined
             if holds:
-                yield spot
+                yield spot._replace(site=joined.get(id(module)))
             path = joined_path(spot.path, base_in_files(module.tuner)) if holds else spot.path
             adapted = holds and adapts(module.tuner)
             stack.append(Spot(path, module.wrapped, None, module, adapted or spot.adapted))

@@ -233,10 +233,9 @@ class Blueprint:
                 place = self.place(self.planned.sites[0])
                 found.places[key] = SiteTarget(self.filled_shared, slot, _wanted(tensor), place)
         bias, tables = bias_of(self.planned.config), tables_of(facts_of(base))
-        joined = {id(site.layer): site for site in self.planned.sites}
         indices = {id(site): index for index, site in enumerate(self.planned.sites)}
         for spot in spots(base, self.planned.adapter_name, self.planned):
-            site = spot.site or joined.get(id(spot.module))
+            site = spot.site
             if site is None:
                 found.places.update(base_targets(spot, bias, tables))
             else:

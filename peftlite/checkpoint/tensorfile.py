@@ -18,10 +18,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from peftlite.checkpoint.keys import shown
+from peftlite.core.transaction import write
 from peftlite.errors import CheckpointError
 from peftlite.reading import without_repeats
 
@@ -91,9 +92,13 @@ class MemoryTensors:
         """One tensor, in memory of its own."""
         return self._tensors[key].detach().clone(memory_format=torch.contiguous_format)
 
-    def read_all(self) -> dict[str, Tensor]:
-        """All tensors as they are, to be looked at and copied from."""
-        return {key: tensor.detach() for key, tensor in self._tensors.items()}
+    def look(self, key: str) -> Tensor:
+        """One tensor as it is, to be looked at."""
+        return self._tensors[key].detach()
+
+    def read_into(self, key: str, tensor: Tensor) -> None:
+        """Write one tensor's numbers into another of its shape."""
+        write(tensor, self.look(key))
 
     def close(self) -> None:
         pass
@@ -122,6 +127,7 @@ class SafetensorsFile:
         self.metadata = self._checked_metadata(entries.pop(_METADATA, {}))
         self.infos = {key: self._info(key, entry) for key, entry in entries.items()}
         self._check_layout(size - self._start)
+        self._seen = torch.empty(0, dtype=torch.uint8)
 
     def _error(self, why: str) -> CheckpointError:
         return CheckpointError(f"`{self._name}` is damaged or not a safetensors file: {why}. Nothing was changed.")
@@ -176,19 +182,44 @@ class SafetensorsFile:
         Raises: CheckpointError if the file was cut off since its header was read.
         """
         info = self.infos[key]
-        return _shaped(self._read(info.begin, info.end, key), info)
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self._fill(tensor.view(-1).view(torch.uint8), info.begin, key)
+        if sys.byteorder == "big":
+            _swap_bytes(tensor)
+        return tensor
 
-    def read_all(self) -> dict[str, Tensor]:
-        """All tensors at once, in one piece of memory that they share, to be looked at and copied from.
+    def look(self, key: str) -> Tensor:
+        """One tensor, to be looked at: in memory that the next look will overwrite.
 
-        Raises: CheckpointError if the file was cut off since its header was read.
+        Raises: as `read`.
         """
-        end = max((info.end for info in self.infos.values()), default=0)
-        data = self._read(0, end, next(reversed(self.infos), ""))
-        return {key: _shaped(data[info.begin : info.end], info) for key, info in self.infos.items()}
+        info = self.infos[key]
+        size = info.end - info.begin
+        if self._seen.numel() < size:
+            self._seen = torch.empty(size, dtype=torch.uint8)
+        flat = self._seen[:size]
+        self._fill(flat, info.begin, key)
+        tensor = flat.view(info.dtype).view(info.shape)
+        if sys.byteorder == "big":
+            tensor = tensor.clone()
+            _swap_bytes(tensor)
+        return tensor
 
-    def _read(self, begin: int, end: int, key: str) -> Tensor:
-        flat = torch.empty(end - begin, dtype=torch.uint8)
+    def read_into(self, key: str, tensor: Tensor) -> None:
+        """Write one tensor's numbers into another of its shape, with no copy in between where that is possible.
+
+        Raises: as `read`; some of the numbers may then have been written.
+        """
+        info = self.infos[key]
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and not tensor.is_inference()
+        if not plain or tensor.dtype != info.dtype or not tensor.is_contiguous() or sys.byteorder == "big":
+            write(tensor, self.look(key))
+            return
+        flat = tensor.detach().view(-1)
+        flat[:0].zero_()  # so that its version says that it was written into
+        self._fill(flat.view(torch.uint8), info.begin, key)
+
+    def _fill(self, flat: Tensor, begin: int, key: str) -> None:
         self._file.seek(self._start + begin)
         view = _bytes(flat)
         while view:
@@ -196,7 +227,6 @@ class SafetensorsFile:
             if not count:
                 raise self._error(f"{shown(key)} was cut off while it was read")
             view = view[count:]
-        return flat
 
     def pieces(self, key: str) -> Iterator[bytes]:
         """The bytes of one tensor as they are in the file, in pieces.
@@ -219,17 +249,6 @@ class SafetensorsFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _shaped(flat: Tensor, info: TensorInfo) -> Tensor:
-    """The tensor that these bytes are; without a copy, but where its place in them is odd."""
-    shares = flat.untyped_storage().nbytes() != flat.nbytes
-    if flat.storage_offset() % info.dtype.itemsize or (shares and sys.byteorder == "big"):
-        flat = flat.clone()
-    tensor = flat.view(info.dtype)
-    if sys.byteorder == "big":
-        _swap_bytes(tensor)
-    return tensor.reshape(info.shape)
 
 
 def _is_sizes(value: Any) -> bool:

@@ -27,6 +27,8 @@ class Found:
     uses: dict[int, set[int]] = field(default_factory=dict)
     """id of a parameter -> ids of the modules that have it."""
     replicas: Replicas | None = None
+    hosts: dict[tuple[int, str | None], Host | None] = field(default_factory=dict)
+    """What is known of modules and parameters (see `host_at`) that somebody asked for."""
 
     @classmethod
     def of(cls, base: nn.Module, replicas: Replicas | None = None) -> Found:
@@ -53,6 +55,14 @@ class Found:
     def at(self, path: str) -> Place:
         """The place of this path."""
         return self.places[path] if path in self.places else self.inside[path]
+
+    def host(self, path: str, param: str | None) -> Host | None:
+        """The host of the module at this path, or of one of its parameters."""
+        module = self.at(path).module
+        key = id(module), param
+        if key not in self.hosts:
+            self.hosts[key] = host_at(module, param)
+        return self.hosts[key]
 
     def parameter_paths(self) -> list[str]:
         """The paths of the parameters that modules own themselves, in the modules' order."""

@@ -97,7 +97,8 @@ class Host:
     @property
     def parameter(self) -> Any:
         """The parameter that adapters are about."""
-        return getattr(self.layer, self.param)
+        held = self.layer._parameters.get(self.param)  # without the detour that torch takes for an attribute
+        return getattr(self.layer, self.param) if held is None else held
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -117,8 +118,8 @@ class Host:
     @property
     def device(self) -> torch.device:
         """Where the layer computes."""
-        hook = getattr(self.layer, "_hf_hook", None)
-        place = getattr(hook, "execution_device", None)
+        hook = self.layer.__dict__.get("_hf_hook")
+        place = None if hook is None else getattr(hook, "execution_device", None)
         return torch.device(place) if place is not None else self.parameter.device
 
     @property

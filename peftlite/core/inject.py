@@ -11,7 +11,7 @@ from torch import nn
 from peftlite.config import PeftConfig
 from peftlite.core.binding import activate, rebind, sync
 from peftlite.core.facts import ModelFacts, facts_of
-from peftlite.core.found import Found, Wanted, host_at, innermost
+from peftlite.core.found import Found, Wanted, innermost
 from peftlite.core.hosts import Host, LinearHost, ModuleHost, host_for, known_kinds
 from peftlite.core.inputs import observe
 from peftlite.core.layer import AdapterLayer
@@ -207,8 +207,8 @@ def with_inner(found: Found, wanted: Iterable[Wanted]) -> list[Wanted]:
     for path, param in wanted:
         result[path, param] = None
         module = found.at(path).module
-        host = host_at(module, param)
-        if param is None and host is not None:
+        host = found.host(path, None) if param is None else None
+        if host is not None:
             slot = f"{module.tuner.base_slot}." if isinstance(module, AdapterLayer) else ""
             result.update({(f"{path}.{slot}{child}", None): None for child in host.inner})
     return list(result)
@@ -225,7 +225,7 @@ def make_sites(found: Found, wanted: Iterable[Wanted], tuner: TunerSpec, config:
     for (_, param), group in grouped.items():
         path = group[0].path if param is None else f"{group[0].path}.{param}"
         module = group[0].module
-        host = host_at(module, param) or (ModuleHost(innermost(module)) if tuner.any_module else None)
+        host = found.host(group[0].path, param) or (ModuleHost(innermost(module)) if tuner.any_module else None)
         reason = why_not(module, host, tuner) or (variant.check(host, config, path) if host else None)
         if host is None or reason is not None:
             refused.append(f"`{path}` ({reason})")

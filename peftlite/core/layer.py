@@ -22,6 +22,7 @@ from peftlite.core.slots import (
     Watched,
     parameters_in,
     replace_tensor,
+    set_mode,
 )
 from peftlite.core.state import BASE, AdapterState
 from peftlite.core.tied import TiedLayer
@@ -49,7 +50,10 @@ class AdapterLayer(TiedLayer):
         for slot in tuner.slots:
             if slot.shared and slot.name not in state.shared:
                 put(state.shared, slot.name, BufferSlot())
-            self._modules[slot.name] = state.shared[slot.name] if slot.shared else slot.kind()
+            container = state.shared[slot.name] if slot.shared else slot.kind()
+            self._modules[slot.name] = container
+            if not slot.shared:
+                container.__dict__["training"] = base_layer.training
         own = self.__dict__
         for number in tuner.numbers:
             own[number] = Numbers()
@@ -131,8 +135,8 @@ class AdapterLayer(TiedLayer):
             container[name] = value
             if isinstance(container, BufferSlot) and any(slot.derived for slot in self.tuner.slots if slot.name == key):
                 container.leave_out(name)
-            if isinstance(value, nn.Module) and (value._modules or value.training is not self.training):
-                value.train(self.training)
+            if isinstance(value, nn.Module):
+                set_mode(value, self.training)
         known = {slot.name for slot in self.used} | values.keys()
         used = tuple([slot for slot in self.tuner.slots if slot.name in known])
         if len(used) > len(self.used):

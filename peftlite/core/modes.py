@@ -44,10 +44,13 @@ def is_training(model: nn.Module) -> bool:
 
 def _of_interest(module: nn.Module) -> list[nn.Module]:
     """The children of a module in eval mode that are, or may have in them, modules in training mode."""
-    found = [child for child in module._modules.values() if child is not None]
-    if isinstance(module, AdapterLayer):
-        names = module.active_adapters
-        slots = [child for child in found if child is not module.wrapped and not child.training]
-        found = [child for child in found if child not in slots]
-        found += [slot._modules[name] for slot in slots for name in names if slot._modules.get(name) is not None]
-    return [child for child in found if child.training or child._modules]
+    if not isinstance(module, AdapterLayer):
+        return [child for child in module._modules.values() if child is not None and (child.training or child._modules)]
+    found, names = [module.wrapped], module.active_adapters
+    for slot in module.tuner.slots:
+        container = module.container(slot.name)
+        if container.training:
+            found.append(container)
+        elif held := container._modules:
+            found += [one for name in names if (one := held.get(name)) is not None and (one.training or one._modules)]
+    return found

@@ -83,9 +83,10 @@ class InjectionPlan(NamedTuple):
 
     def dtype(self, site: Site) -> torch.dtype:
         """The dtype of the adapter's tensors: fp32 on a base in half precision, else the base's own."""
-        if site.host.dtype.itemsize < 2 or not site.host.dtype.is_floating_point:
+        own = site.host.dtype
+        if own.itemsize < 2 or not own.is_floating_point:
             return torch.float32
-        return torch.float32 if self.autocast_adapter_dtype and site.host.dtype in HALF_DTYPES else site.host.dtype
+        return torch.float32 if self.autocast_adapter_dtype and own in HALF_DTYPES else own
 
     def placement(self, site: Site, on_meta: bool = False) -> Placement:
         """Where the site's new tensors go."""

@@ -210,6 +210,14 @@ def state_of_module(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
 
 
+def set_mode(module: nn.Module, training: bool) -> None:
+    """`module.train(training)`, without its cost for the usual module that has no others in it."""
+    if module._modules or type(module).train is not nn.Module.train:
+        module.train(training)
+    else:
+        module.__dict__["training"] = training
+
+
 class Numbers(dict[str, Any]):
     """Per-adapter numbers such as `layer.scaling`. Programs have them bound, so every write tells the layer first."""
 

@@ -22,7 +22,7 @@ from peftlite.config import HubOptions, PeftConfig, config_from_dict
 from peftlite.core.binding import rebind
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import merged_adapters, state_of
-from peftlite.core.transaction import atomic, keep_values, put
+from peftlite.core.transaction import atomic, keep_values, put, write
 from peftlite.core.tree import base_model_of
 from peftlite.errors import CheckpointError, ConfigError, StateError, warn
 from peftlite.hotswap.compatible import check_hotswap_configs_compatible, lora_config
@@ -94,14 +94,16 @@ def hotswap_adapter_from_state_dict(
 
 
 # ---- how
-class WholeSource(TensorSource, Protocol):
-    """Tensors that can be read all at once."""
+class VisibleSource(TensorSource, Protocol):
+    """Tensors that can be looked at, and written elsewhere, without memory for them all."""
 
-    def read_all(self) -> dict[str, Tensor]: ...
+    def look(self, key: str) -> Tensor: ...
+
+    def read_into(self, key: str, tensor: Tensor) -> None: ...
 
 
 @atomic
-def swap(model: nn.Module, name: str, config: PeftConfig, source: WholeSource) -> None:
+def swap(model: nn.Module, name: str, config: PeftConfig, source: VisibleSource) -> None:
     """Plan, read, check, and then carry out."""
     model = bare(model)
     state = state_of(model)
@@ -112,17 +114,20 @@ def swap(model: nn.Module, name: str, config: PeftConfig, source: WholeSource) -
     config, source = for_layers_of_now(model, config, source)
     check_hotswap_configs_compatible(own, config)
     planned = Swap.planned(model, name, lora_config(own), lora_config(config), source.infos)
-    copies, replaced = planned.values(source.read_all())
+    planned.check(source)
+    copies, replaced = planned.values(source)
     if planned.outgrown:
         warn(
             f"The new adapter's ranks exceed what {len(planned.outgrown)} layers such as `{planned.outgrown[0]}` were "
             "prepared for: what is compiled will be compiled again. A larger `target_rank` in "
             "`prepare_model_for_compiled_hotswap` avoids that."
         )
-    keep_values(*(live for live, _ in copies))
-    with torch.no_grad():
-        if copies:
-            torch._foreach_copy_([live for live, _ in copies], [new for _, new in copies])
+    for live, new in copies:
+        keep_values(live)
+        if isinstance(new, str):
+            source.read_into(new, live)
+        else:
+            write(live, new)
     for layer, suffix, tensor in replaced:
         layer.assign(name, suffix, tensor)
         resize(layer, name)
@@ -132,7 +137,7 @@ def swap(model: nn.Module, name: str, config: PeftConfig, source: WholeSource) -
     rebind(model, state)  # now, and not in the next call, which may be compiled
 
 
-def for_layers_of_now(model: nn.Module, config: PeftConfig, source: WholeSource) -> tuple[PeftConfig, WholeSource]:
+def for_layers_of_now(model: nn.Module, config: PeftConfig, source: VisibleSource) -> tuple[PeftConfig, VisibleSource]:
     """A file's config and tensors for the layers that the model has, where those that they are about were fused."""
     now, tensors = as_now(base_model_of(model), config, source, "The other adapter", True)
     return (config, source) if tensors is source else (now, MemoryTensors({k: tensors.read(k) for k in tensors.infos}))
@@ -151,7 +156,7 @@ class Step:
     """Whether the factors take the place of the live ones, being of another rank."""
 
 
-Copies = list[tuple[Tensor, Tensor]]
+Copies = list[tuple[Tensor, Tensor | str]]
 Replaced = list[tuple[AdapterLayer, str, Tensor]]
 
 
@@ -247,34 +252,41 @@ class Swap:
             self.outgrown += [path] if place.prepared else []
         return each * times(host), new.scaling_for(path)
 
-    def values(self, tensors: Mapping[str, Tensor]) -> tuple[Copies, Replaced]:
-        """(live tensor, new values) and (layer, suffix, new tensor).
+    def check(self, source: VisibleSource) -> None:
+        """Look at all numbers, before any is written.
 
         Raises: CheckpointError for numbers that are not finite, or other values for the base model.
         """
-        for key, tensor in tensors.items():
-            if not is_finite(tensor):
+        for key in source.infos:
+            if not is_finite(source.look(key)):
                 raise CheckpointError(f"{shown(key)} has numbers that are not finite. Nothing was changed.")
         for key, target in self.unmoved:
-            if target.own.shape != tensors[key].shape or not torch.equal(target.own, tensors[key].to(target.own)):
+            seen = source.look(key)
+            if target.own.shape != seen.shape or not torch.equal(target.own, seen.to(target.own)):
                 raise CheckpointError(
                     f"{shown(key)} brings other values for the base model: they cannot be hotswapped. Nothing was "
                     "changed."
                 )
+
+    def values(self, source: VisibleSource) -> tuple[Copies, Replaced]:
+        """(live tensor, new values or their key) and (layer, suffix, new tensor)."""
         copies: Copies = []
         replaced: Replaced = []
         for step in self.steps:
-            new = {suffix: tensors[key] for suffix, key in step.keys.items()}
-            if not new:
+            if not step.keys:
                 copies += [(live, torch.zeros_like(live)) for live in step.live.values()]
                 continue
-            host, factors = step.layer.host, names_of(step.layer.host)
-            if step.padded is not None:
-                new |= stored(host, padded(stack_of(host, *(new[suffix] for suffix in factors)), step.padded))
-            if step.replaced:
-                like = step.live[factors[0]]
-                replaced += [(step.layer, s, new.pop(s).to(like, copy=True).contiguous()) for s in factors]
-            copies += [(step.live[suffix], tensor) for suffix, tensor in new.items()]
+            new: dict[str, Tensor | str] = dict(step.keys)
+            if step.padded is not None or step.replaced:
+                host, factors = step.layer.host, names_of(step.layer.host)
+                read = {suffix: source.read(step.keys[suffix]) for suffix in factors}
+                if step.padded is not None:
+                    new |= stored(host, padded(stack_of(host, *read.values()), step.padded))
+                else:
+                    like = step.live[factors[0]]
+                    replaced += [(step.layer, s, tensor.to(like).contiguous()) for s, tensor in read.items()]
+                    new = {suffix: key for suffix, key in new.items() if suffix not in factors}
+            copies += [(step.live[suffix], value) for suffix, value in new.items()]
         return copies, replaced
 
 

@@ -99,14 +99,17 @@ class PeftModel(Wrapper):
 
     @classmethod
     @atomic
-    def around(cls, model: nn.Module) -> PeftModel:
-        """The wrapper of a model that has its adapters already; see `peftlite.wrap`."""
+    def around(cls, model: nn.Module, checkpointing: bool | None = None) -> PeftModel:
+        """The wrapper of a model that has its adapters already; see `peftlite.wrap`.
+
+        checkpointing: whether it is under gradient checkpointing, if that is known.
+        """
         wrapper = cls.__new__(cls)
         nn.Module.__init__(wrapper)
         config = next(iter(lifecycle.state_of(model).configs.values()))
         inside = base_model_of(model)
         wrapper.base_model = model if isinstance(model, BaseTuner) else tuner_model_for(config).around(inside)
-        if is_checkpointing(inside):
+        if is_checkpointing(inside) if checkpointing is None else checkpointing:
             require_gradients_of_inputs(inside)
         return wrapper
 
@@ -260,6 +263,7 @@ class PeftModel(Wrapper):
         LoraRuntimeConfig(ephemeral_gpu_offload)  # says that it has no effect
         if config is not None:
             check_config(config)
+        checkpointing = is_checkpointing(model)  # while it has few modules
         adapters.load_adapter(
             model,
             model_id,
@@ -273,7 +277,7 @@ class PeftModel(Wrapper):
             key_mapping=key_mapping,
             hub=hub.HubOptions.from_kwargs(hub_options),
         )
-        wrapper = model_class_for(lifecycle.state_of(model).configs[adapter_name], cls).around(model)
+        wrapper = model_class_for(lifecycle.state_of(model).configs[adapter_name], cls).around(model, checkpointing)
         if not is_trainable:
             evaluate(wrapper)
         return wrapper
