@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import peftlite
 from peftlite import IA3Config, LoraConfig
+from peftlite.checkpoint.tensorfile import SafetensorsFile
 from peftlite.core.tree import layers, named_layers
 from peftlite.errors import AdapterNameError, CheckpointError, ConfigError, NoAdapterError, PeftliteWarning, StateError
 from peftlite.hotswap import (
@@ -334,3 +336,39 @@ def test_groups_must_divide_the_rank_to_prepare_for() -> None:
     peftlite.inject_adapter_in_model(LoraConfig(r=4, target_modules=["layer"]), model)
     with pytest.raises(ConfigError, match="at least 6"):
         prepare_model_for_compiled_hotswap(model, target_rank=5)
+
+
+def test_a_file_that_is_cut_off_between_the_look_and_the_swap_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, directory = llama(), saved(llama(seed=5), tmp_path)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    config, read, count = model.peft_config["default"], SafetensorsFile.read_into, []
+
+    def cut(self: SafetensorsFile, key: str, tensor: torch.Tensor) -> None:
+        count.append(key)
+        if len(count) == 3:
+            weights = directory / "adapter_model.safetensors"
+            os.truncate(weights, weights.stat().st_size // 2)
+        read(self, key, tensor)
+
+    monkeypatch.setattr(SafetensorsFile, "read_into", cut)
+    with pytest.raises(CheckpointError, match="was cut off while it was read"):
+        hotswap_adapter(model, directory, "default")
+    assert len(count) >= 3  # two tensors were written by then
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert model.peft_config["default"] is config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_are_read_into_the_live_tensors(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, other = llama(), llama(seed=5)
+    directory, wanted = saved(other, tmp_path), peftlite.get_peft_model_state_dict(other)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    live = peftlite.get_peft_model_state_dict(model)
+    versions = {key: tensor._version for key, tensor in live.items()}
+    hotswap_adapter(model, directory, "default")
+    for key, tensor in live.items():
+        assert torch.equal(tensor, wanted[key].to(dtype))
+        assert tensor._version > versions[key]
