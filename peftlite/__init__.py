@@ -37,19 +37,17 @@ if TYPE_CHECKING:
     from peftlite.config import PeftConfig, PeftType, TaskType
     from peftlite.convert import convert_to_lora, extract_lora, save_as_lora
     from peftlite.core.inject import inject, plan
+    from peftlite.core.leaving import delete_adapter, merge_and_unload, unload
     from peftlite.core.lifecycle import (
         active_adapters,
         adapter_ids,
-        delete_adapter,
         disable_adapter,
         disable_adapters,
         enable_adapters,
         merge_adapter,
-        merge_and_unload,
         scale_adapter,
         set_adapter,
         set_requires_grad,
-        unload,
         unmerge_adapter,
         use_adapter,
         use_adapter_per_row,
@@ -240,19 +238,17 @@ _HOMES = {
     "peftlite.config": ("PeftConfig", "PeftType", "TaskType"),
     "peftlite.convert": ("convert_to_lora", "extract_lora", "save_as_lora"),
     "peftlite.core.inject": ("inject", "plan"),
+    "peftlite.core.leaving": ("delete_adapter", "merge_and_unload", "unload"),
     "peftlite.core.lifecycle": (
         "active_adapters",
         "adapter_ids",
-        "delete_adapter",
         "disable_adapter",
         "disable_adapters",
         "enable_adapters",
         "merge_adapter",
-        "merge_and_unload",
         "scale_adapter",
         "set_adapter",
         "set_requires_grad",
-        "unload",
         "unmerge_adapter",
         "use_adapter",
         "use_adapter_per_row",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Generator, nn
 
 from peftlite.config import PeftConfig, PeftType
-from peftlite.core import lifecycle
+from peftlite.core import leaving, lifecycle
 from peftlite.core.call import Call
 from peftlite.core.inject import check_config, inject
 from peftlite.core.merging import Undo
@@ -116,17 +116,15 @@ class Wrapper(Shell):
 
         With `dequantize`, quantised layers become dense ones; see `peftlite.merge_and_unload`.
         """
-        return lifecycle.merge_and_unload(
-            self, progressbar, safe_merge, adapter_names, dequantize=dequantize, undo=undo
-        )
+        return leaving.merge_and_unload(self, progressbar, safe_merge, adapter_names, dequantize=dequantize, undo=undo)
 
     def unload(self) -> nn.Module:
         """Give back the base model as it was, without adapter layers."""
-        return lifecycle.unload(self)
+        return leaving.unload(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from every layer; see `peftlite.delete_adapter`."""
-        lifecycle.delete_adapter(self, adapter_name)
+        leaving.delete_adapter(self, adapter_name)
 
 
 class BaseTuner(Wrapper):

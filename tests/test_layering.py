@@ -65,6 +65,7 @@ CORE = (
     "inputs",
     "inject",
     "lifecycle",
+    "leaving",
     "overlay",
     "status",
 )

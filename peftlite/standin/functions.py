@@ -19,7 +19,7 @@ from peftlite.base_tuner import TUNER_MODELS
 from peftlite.checkpoint.files import read_adapter
 from peftlite.checkpoint.hub import HubOptions, resolve
 from peftlite.config import PeftConfig, PeftType, config_class, config_from_dict
-from peftlite.core import lifecycle
+from peftlite.core import leaving, lifecycle
 from peftlite.core.slots import HALF_DTYPES
 from peftlite.core.targets import TargetSpec, select
 from peftlite.core.tree import base_model_of, layers
@@ -75,7 +75,7 @@ def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: type = BaseTunerLayer
 ) -> list[str] | None:
     """`peftlite.delete_adapter`; the names of the adapters in use then. `prefix` and `layer_cls` say nothing."""
-    lifecycle.delete_adapter(model, adapter_name)
+    leaving.delete_adapter(model, adapter_name)
     return next((layer.active_adapters for layer in layers(model)), None)
 
 

@@ -23,7 +23,8 @@ from peftlite.config import PeftConfig, config_from_dict
 from peftlite.core.facts import facts_of
 from peftlite.core.hosts import Saved
 from peftlite.core.layer import AdapterLayer
-from peftlite.core.lifecycle import check_mergeable, outcome, state_of
+from peftlite.core.leaving import outcome
+from peftlite.core.lifecycle import check_mergeable, state_of
 from peftlite.core.tree import layer_places, layers
 from peftlite.errors import CheckpointError, MergeError, StateError
 from peftlite.integrations.transformers.empty import (

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftlite.checkpoint.adapters import save_adapter
 from peftlite.config import PeftConfig
-from peftlite.core import lifecycle, status
+from peftlite.core import leaving, lifecycle, status
 from peftlite.core.inject import inject
 from peftlite.core.transaction import atomic
 from peftlite.errors import ConfigError
@@ -46,7 +46,7 @@ def delete_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None
     """
     state = lifecycle.state_of(model)
     for name in sorted(state.checked(adapter_names), key=state.active.__contains__):  # the active ones last
-        lifecycle.delete_adapter(model, name)
+        leaving.delete_adapter(model, name)
 
 
 SHARED: dict[str, Method] = {
@@ -62,8 +62,8 @@ SHARED: dict[str, Method] = {
 ADDED: dict[str, Method] = {
     "merge_adapter": lifecycle.merge_adapter,
     "unmerge_adapter": lifecycle.unmerge_adapter,
-    "merge_and_unload": lifecycle.merge_and_unload,
-    "unload": lifecycle.unload,
+    "merge_and_unload": leaving.merge_and_unload,
+    "unload": leaving.unload,
     "disable_adapter": lifecycle.disable_adapter,
     "scale_adapter": lifecycle.scale_adapter,
     "save_adapter": save_adapter,
