@@ -22,11 +22,19 @@ with tempfile.TemporaryDirectory() as small:  # imports what loading needs
     library.PeftModel.from_pretrained(llama_1b(1), small)
 model = llama_1b({layers})
 gc.collect()
+"""
+_PEAK = """
 before = status("VmRSS")
 with open("/proc/self/clear_refs", "w") as peak:
     peak.write("5")
 library.PeftModel.from_pretrained(model, {saved!r})
 print(status("VmHWM") - before)
+"""
+_OWN = """
+before = status("RssAnon")
+kept = library.PeftModel.from_pretrained(model, {saved!r}{options})
+gc.collect()
+print(status("RssAnon") - before)
 """
 _ADAPTERS = """
 from torch import nn
@@ -48,7 +56,12 @@ BYTES_PER_ADAPTER = 28 * 4 * (64 + 64) * 4
 
 def of_loading(library: str, saved: Path, layers: int) -> float:
     """Bytes at the most, while an adapter is loaded, beyond those before."""
-    return printed(_START + _LOADING, library, saved=str(saved), layers=layers)
+    return printed(_START + _LOADING + _PEAK, library, saved=str(saved), layers=layers)
+
+
+def of_its_own(library: str, saved: Path, layers: int, options: str) -> float:
+    """Bytes that an adapter, once loaded, takes beyond the model's and that no other process can share."""
+    return printed(_START + _LOADING + _OWN, library, saved=str(saved), layers=layers, options=options)
 
 
 def of_an_adapter(library: str, first: int, more: int) -> float:

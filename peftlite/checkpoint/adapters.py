@@ -130,6 +130,7 @@ def load_adapter(
     strict: Strict = True,
     torch_device: str | torch.device | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    mmap: bool = False,
     hub: HubOptions | None = None,
     admit: Callable[[PeftConfig], object] | None = None,
 ) -> LoadReport:
@@ -151,6 +152,11 @@ def load_adapter(
         torch_device: where the adapter's tensors go; by default, to the layers that they are for.
         key_mapping: regular expression -> replacement, for keys (without `base_model.model.`) of other libraries; the
             first that is found in a key counts.
+        mmap: have the tensors of a new adapter lie in a private map of the file, whose pages all processes share until
+            they write there; the file is never written to. What needs another dtype or device is copied, and so, with
+            a warning, is what cannot be mapped. Saving replaces files and leaves maps alone (but Windows replaces no
+            file that is mapped). A program that overwrites the file in place changes the weights, and one that cuts it
+            off has the process killed (SIGBUS).
         hub: subfolder, revision, token, ...
         admit: is shown the config first, and raises if it is not to be loaded.
 
@@ -163,7 +169,7 @@ def load_adapter(
     """
     model = bare(model)
     place = resolve(id_or_dir, hub, config_file=config is None)
-    with read_adapter(place, config=config is None) as files:
+    with read_adapter(place, config=config is None, mmap=mmap) as files:
         chosen = config_from_dict(files.config) if config is None else config.copy()
         if admit is not None:
             admit(chosen)

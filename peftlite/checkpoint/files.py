@@ -29,7 +29,7 @@ from peftlite.checkpoint.hub import missing
 from peftlite.checkpoint.keys import CONFIG_NAME, RECORD_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peftlite.checkpoint.tensorfile import MemoryTensors, SafetensorsFile, write_tensors
 from peftlite.config import register_reader
-from peftlite.errors import CheckpointError
+from peftlite.errors import CheckpointError, warn
 from peftlite.reading import read_object
 
 
@@ -51,7 +51,9 @@ class AdapterFiles:
         self.tensors.close()
 
 
-def read_adapter(directory: str | os.PathLike[str], *, config: bool = True, allow_pickle: bool = True) -> AdapterFiles:
+def read_adapter(
+    directory: str | os.PathLike[str], *, config: bool = True, allow_pickle: bool = True, mmap: bool = False
+) -> AdapterFiles:
     """Open the adapter in `directory`: its config and weights are of one save, even while another process saves there.
 
     Args:
@@ -59,6 +61,7 @@ def read_adapter(directory: str | os.PathLike[str], *, config: bool = True, allo
         config: whether there has to be a config file; without one, `.config` is empty.
         allow_pickle: whether `adapter_model.bin` may be read where there is no safetensors file. Nothing but tensors is
             taken from it (`torch.load(weights_only=True)`).
+        mmap: whether tensors are to lie in a private map of the file; `adapter_model.bin` is copied, with a warning.
 
     Raises:
         AdapterFilesNotFoundError: a file is not there.
@@ -73,6 +76,8 @@ def read_adapter(directory: str | os.PathLike[str], *, config: bool = True, allo
         record = read_object(files[RECORD_NAME], str(place / RECORD_NAME)) if RECORD_NAME in files else {}
         if SAFETENSORS_WEIGHTS_NAME in files:
             tensors = SafetensorsFile(files[SAFETENSORS_WEIGHTS_NAME], str(place / SAFETENSORS_WEIGHTS_NAME))
+            if mmap:
+                tensors.map()
             del files[SAFETENSORS_WEIGHTS_NAME]  # the source closes it
             return AdapterFiles(place, found, tensors, tensors.metadata, record)
         if WEIGHTS_NAME not in files:
@@ -81,6 +86,8 @@ def read_adapter(directory: str | os.PathLike[str], *, config: bool = True, allo
             raise CheckpointError(
                 f"`{place}` has `{WEIGHTS_NAME}` only, and `allow_pickle` is False. Nothing was changed."
             )
+        if mmap:
+            warn(f"`{place / WEIGHTS_NAME}` is no safetensors file: it cannot be mapped, and is copied.")
         return AdapterFiles(place, found, _read_pickle(files[WEIGHTS_NAME], str(place / WEIGHTS_NAME)), {}, record)
     finally:
         for file in files.values():

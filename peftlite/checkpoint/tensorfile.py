@@ -3,15 +3,16 @@
     8 bytes: length n of the header | n bytes: JSON, name -> dtype, shape, [begin, end) | the tensors' bytes, no gaps
 
 The header is checked as a whole before any tensor is read, and a tensor is read only when it is asked for, into memory
-of its own: a map of the file would change, or end the process, when somebody else writes to that file later. Writing is
-done here too because the safetensors library orders metadata at random; a file without metadata is equal to that
-library's, byte for byte.
+of its own: a map of the file, which is there for those who ask for it, changes, or ends the process, when somebody else
+writes into that file later. Writing is done here too because the safetensors library orders metadata at random; a file
+without metadata is equal to that library's, byte for byte.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from peftlite.checkpoint.keys import shown
 from peftlite.core.transaction import write
-from peftlite.errors import CheckpointError
+from peftlite.errors import CheckpointError, warn
 from peftlite.reading import without_repeats
 
 MAX_HEADER = 32 << 20
@@ -112,7 +113,8 @@ class SafetensorsFile:
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name
-        size = file.seek(0, 2)
+        self._size = size = file.seek(0, 2)
+        self._map: mmap.mmap | None = None
         file.seek(0)
         length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
         if length > MAX_HEADER:
@@ -176,12 +178,40 @@ class SafetensorsFile:
         if at != size:
             raise self._error(f"its header accounts for {at} bytes of tensors, and {size} are there")
 
+    def map(self) -> None:
+        """Have `read` give tensors that lie in a private (copy-on-write) map of the file; it lives as long as they do.
+
+        What cannot be mapped, for its place in the file or for the file system, is read as ever, with a warning.
+
+        Raises: CheckpointError if the file was cut off since its header was read.
+        """
+        aligned = [self._is_aligned(info) for info in self.infos.values()]
+        if not all(aligned):
+            warn(
+                f"`{self._name}` is not mapped as a whole: {aligned.count(False)} of its {len(aligned)} tensors do not "
+                "lie there as they would in memory, and are copied."
+            )
+        untracked = sys.platform != "win32" and sys.version_info >= (3, 13)  # else a map keeps the file open
+        options: dict[str, Any] = {"trackfd": False} if untracked else {}
+        try:
+            self._map = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_COPY, **options)
+        except OSError as error:
+            warn(f"`{self._name}` cannot be mapped ({error.strerror or error}), and is copied.")
+        except ValueError:
+            raise self._error("it was cut off while it was read") from None
+
+    def _is_aligned(self, info: TensorInfo) -> bool:
+        return sys.byteorder == "little" and (self._start + info.begin) % info.dtype.itemsize == 0
+
     def read(self, key: str) -> Tensor:
-        """One tensor, in memory of its own.
+        """One tensor, in memory of its own; after `map`, in that.
 
         Raises: CheckpointError if the file was cut off since its header was read.
         """
         info = self.infos[key]
+        if self._map is not None and info.end > info.begin and self._is_aligned(info):
+            at, count = self._start + info.begin, math.prod(info.shape)
+            return torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=at).resize_(info.shape)
         tensor = torch.empty(info.shape, dtype=info.dtype)
         self._fill(tensor.view(-1).view(torch.uint8), info.begin, key)
         if sys.byteorder == "big":

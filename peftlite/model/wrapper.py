@@ -238,6 +238,7 @@ class PeftModel(Wrapper):
         *,
         torch_device: str | torch.device | None = None,
         strict: report.Strict = True,
+        mmap: bool = False,
         **hub_options: Any,
     ) -> PeftModel:
         """Load an adapter into `model`, in place, and wrap it in the class that belongs to the adapter's task.
@@ -255,6 +256,7 @@ class PeftModel(Wrapper):
             torch_device: where the adapter's tensors go; by default, to the layers that they are for.
             strict: False leaves out whatever does not fit, with a warning; "shapes" accepts that tensors are missing
                 or unexpected, and no more.
+            mmap: have the tensors lie in a private map of the file, as `peftlite.load_adapter` says.
             **hub_options: subfolder, revision, token, cache_dir, local_files_only, force_download.
 
         Raises: StateError if `model` has adapters, and what `peftlite.load_adapter` raises; nothing is changed then.
@@ -275,6 +277,7 @@ class PeftModel(Wrapper):
             strict=strict,
             torch_device=torch_device,
             key_mapping=key_mapping,
+            mmap=mmap,
             hub=hub.HubOptions.from_kwargs(hub_options),
         )
         wrapper = model_class_for(lifecycle.state_of(model).configs[adapter_name], cls).around(model, checkpointing)
@@ -296,6 +299,7 @@ class PeftModel(Wrapper):
         *,
         config: PeftConfig | None = None,
         strict: report.Strict = True,
+        mmap: bool = False,
         **hub_options: Any,
     ) -> report.LoadReport:
         """Load another adapter of the same kind; `set_adapter` makes it the active one.
@@ -319,6 +323,7 @@ class PeftModel(Wrapper):
             strict=strict,
             torch_device=torch_device,
             key_mapping=key_mapping,
+            mmap=mmap,
             hub=hub.HubOptions.from_kwargs(hub_options),
             admit=lambda chosen: check_kind(self, self.peft_type, chosen.peft_type),
         )

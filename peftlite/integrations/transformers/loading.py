@@ -40,6 +40,7 @@ class Request:
     trainable: bool
     hotswap: bool | str
     strict: Strict
+    mmap: bool
     options: HubOptions
 
     @classmethod
@@ -62,6 +63,7 @@ class Request:
             trainable=bool(given.get("is_trainable", False)),
             hotswap=given.get("hotswap", "auto"),
             strict=False if any_shape else strict,
+            mmap=bool(extra.get("mmap", False)),
             options=hub_options(given, extra, base),
         )
         if request.source is None and (request.config is None or request.tensors is None):
@@ -78,7 +80,7 @@ def hub_options(given: Mapping[str, Any], extra: Mapping[str, Any], base: Any) -
     Raises: ConfigError for an argument that nobody knows.
     """
     known = set(HubOptions._fields)
-    check_known(extra, known)
+    check_known(extra, known | {"mmap"})
     named: dict[str, Any] = {**(getattr(base, "download_kwargs", None) or {}), **(extra.get("download_kwargs") or {})}
     if named.get("revision") is not None:
         named["revision"] = str(named["revision"])  # may know a commit too, and that is one of the base model's
@@ -122,6 +124,7 @@ def load(model: nn.Module, request: Request) -> LoadReport:
             is_trainable=request.trainable,
             config=request.config,
             strict=request.strict,
+            mmap=request.mmap,
             hub=request.options,
         )
     else:
@@ -159,6 +162,8 @@ def load_tensors(model: nn.Module, request: Request) -> LoadReport:
     """Add an adapter with a config and tensors that are in memory already."""
     if request.config is None or request.tensors is None:
         raise ConfigError("`adapter_state_dict` needs `peft_config`. Nothing was changed.")
+    if request.mmap:
+        raise ConfigError("`mmap` is about files, and `adapter_state_dict` is in memory. Nothing was changed.")
     config = request.config.copy()
     config.inference_mode = not request.trainable
     tensors = MemoryTensors({with_prefix(key): tensor for key, tensor in request.tensors.items()})
