@@ -26,7 +26,7 @@ def set_runtime_config(
     Example:
         >>> import torch, peftlite
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8)).bfloat16()
-        >>> model = peftlite.inject(model, peftlite.LoraConfig(target_modules=["0"]))
+        >>> model = peftlite.inject_adapter_in_model(peftlite.LoraConfig(target_modules=["0"]), model)
         >>> peftlite.set_runtime_config(model, peftlite.LoraRuntimeConfig(compute_dtype="base"))
     """
     state = state_of(model)
