@@ -77,7 +77,7 @@ def cost(place: Path, before: str, what: str, after: str) -> tuple[Spread, int]:
     command = [sys.executable, "-W", "ignore", "-c", program]  # which finds modules in `place` first
     found = [
         subprocess.run(command, check=True, capture_output=True, text=True, cwd=place)
-        for _ in range(1 if Settings.quick else 5)
+        for _ in range(1 if Settings.quick else 3)
     ]
     imported, all_of_it, modules = zip(*(run.stdout.split()[-3:] for run in found), strict=True)
     return Spread.of(list(map(float, all_of_it if after else imported))), int(modules[0])
