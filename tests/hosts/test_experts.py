@@ -173,9 +173,9 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
         warnings.filterwarnings("ignore", "`gradient_checkpointing_enable`", FutureWarning)  # the name until v6
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     peftlite.set_adapter(model, "a")
-    assert_near(gradients(model), expected["a"])
+    assert_near(gradients(model), expected["a"], 1e-5)  # recomputed, they are summed in another order
     peftlite.set_adapter(model, "b")
-    assert_near(gradients(model), expected["b"])
+    assert_near(gradients(model), expected["b"], 1e-5)
 
 
 @pytest.mark.skipif(VERSION < (5, 4), reason="transformers 5.0 does not compile it without adapters either")
