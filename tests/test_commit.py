@@ -59,6 +59,11 @@ def test_a_save_that_is_stopped_where_it_unlocks_leaves_no_lock(
         os.close(handle)
 
 
+def test_a_directory_that_cannot_be_opened_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        commit._Handle(tmp_path / "gone")  # and nothing more when it is collected, of which pytest would warn
+
+
 # ---- at every step of a save
 
 

@@ -147,7 +147,8 @@ class _Handle:
     """A directory held open; a lock on it ends with the last reference, should Ctrl-C strike where a block ends."""
 
     def __init__(self, directory: Path) -> None:
-        self._open = [os.open(directory, os.O_RDONLY)]
+        self._open: list[int] = []  # also if the next line fails
+        self._open.append(os.open(directory, os.O_RDONLY))
 
     def __enter__(self) -> int:
         return self._open[0]

@@ -283,18 +283,17 @@ class AdapterLayer(TiedLayer):
         """The base layer with these adapters, as one callable; what depends only on `names` is decided here."""
         if self.host.weight_only:
             return partial(self._near, Edited(self, names))
-        live = self.live(names)
+        views = [View(self, name) for name in self.live(names)]
         call: Program = self.wrapped
-        for name in live:
-            view = View(self, name)
-            call = partial(self.variants[name].forward, view, call)
-        call = partial(self._near, call) if live else call
-        return self._bound(live, call) or call
+        for view in views:
+            call = partial(self.variants[view.name].forward, view, call)
+        call = partial(self._near, call) if views else call
+        return self._bound(views, call) or call
 
-    def _bound(self, live: Sequence[str], slow: Program) -> Program | None:
+    def _bound(self, views: Sequence[View], slow: Program) -> Program | None:
         """A faster program than `slow` for these adapters, if their variant has one."""
-        variants, views = [self.variants[name] for name in live], [View(self, name) for name in live]
-        if len(live) == 1:
+        variants = [self.variants[view.name] for view in views]
+        if len(views) == 1:
             return variants[0].bind(views[0], slow)
         if len({type(variant) for variant in variants}) == 1:
             return variants[0].bind_several(views, slow)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import peftlite
-from peftlite.tuners.lora import blocks, bound
+from peftlite.tuners.lora import blocks
 
 SIZE = 6
 
@@ -112,7 +112,7 @@ def test_an_adapter_in_less_precision_does_not_round_the_base(
 ) -> None:
     if large:
         monkeypatch.setattr(blocks, "LARGE", 2 * SIZE)
-        monkeypatch.setattr(bound, "_SMALL", 0)
+        monkeypatch.setattr(blocks, "SMALL", 0)
     layer, x = adapted(torch.float32), torch.randn(40, SIZE, requires_grad=grad)
     layer.bfloat16().base_layer.float()
     nn.init.zeros_(layer.lora_B["default"].weight)

@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_formula(
     bias: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(several, "_SMALL", 0)
+    monkeypatch.setattr(blocks, "SMALL", 0)
     monkeypatch.setattr(blocks, "LARGE", 3 * IN)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     layer = adapted(dtype, dropout, bias)
@@ -162,7 +162,7 @@ def test_what_is_written_is_seen() -> None:
 
 
 def test_the_masks_of_a_recomputation_are_the_same_whoever_wants_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(several, "_SMALL", 0)
+    monkeypatch.setattr(blocks, "SMALL", 0)
     layer, x = adapted(torch.float32, 0.5).train(), torch.randn(8, IN)
     torch.manual_seed(5)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_the_masks_of_a_recomputation_are_the_same_whoever_wants_gradients(monke
 
 
 def test_less_is_kept_for_backward_than_by_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(several, "_SMALL", 0)
+    monkeypatch.setattr(blocks, "SMALL", 0)
     layer, x = adapted(torch.bfloat16, 0.5).train(), torch.randn(256, IN).bfloat16().requires_grad_()
     sizes = []
     for call in (layer, program_of(layer).slow):

@@ -200,7 +200,7 @@ def test_gradients_are_those_of_the_formula(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not small:
-        monkeypatch.setattr(bound, "_SMALL", 0)
+        monkeypatch.setattr(blocks, "SMALL", 0)
     monkeypatch.setattr(blocks, "LARGE", 3 * IN)  # in several blocks, the last of them smaller
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     layer = adapted(dtype, dropout, bias, **runtime)
@@ -266,7 +266,7 @@ def test_what_is_dropped_is_zero_whatever_it_was(dtype: torch.dtype) -> None:
 
 
 def test_dropping_everything_leaves_the_base_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bound, "_SMALL", 0)
+    monkeypatch.setattr(blocks, "SMALL", 0)
     layer = adapted(torch.float32, 0.5)
     layer.lora_dropout["default"].p = 1.0
     x = torch.randn(6, IN, requires_grad=True)

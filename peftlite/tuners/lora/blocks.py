@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 17  # elements, for each thread
+SMALL = 1 << 17  # elements
 
 
 def is_large(x: Tensor) -> bool:
     """Whether a tensor is better taken in blocks."""
     return x.numel() > LARGE
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether training with an input is faster by torch's own operations than by a Function in Python."""
+    return x.numel() < SMALL
 
 
 def blocks(matrix: Tensor) -> Iterator[slice]:

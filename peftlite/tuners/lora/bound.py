@@ -24,12 +24,10 @@ from torch.nn.modules import module as torch_module
 from peftlite.core.lean import DROPOUTS, IDENTITIES, LINEARS, hooks_of_calls
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
-from peftlite.tuners.lora.blocks import is_large
+from peftlite.tuners.lora.blocks import is_large, is_small
 from peftlite.tuners.lora.factors import in_base_dtype
 from peftlite.tuners.lora.masks import drawn, kept, new_seed
 from peftlite.tuners.lora.passes import How, Kept, add_product, gradients, low_of
-
-_SMALL = 1 << 17  # elements of x below which a Function in Python costs more than it saves
 
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
@@ -83,13 +81,22 @@ def differentiable(
     saved: Kept, s: float, dtype: torch.dtype, need: Sequence[bool], g: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, W, b, A, B by operations that have gradients themselves; so u is made again from x and A."""
-    x, A, B, W, _, bits = saved
+    x, W = saved.x, saved.W
+    low, gA, gB = differentiable_low(saved, s, dtype, (need[3], need[4]), g)
+    gx = (torch.mm(g, W) + low).to(x.dtype).view(x.shape) if need[0] else None
+    return gx, None, g.sum(0) if need[2] else None, gA, gB
+
+
+def differentiable_low(
+    saved: Kept, s: float, dtype: torch.dtype, need: Sequence[bool], g: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x (rows, in), A and B from the low-rank products alone. need: of A and B."""
+    x, A, B, _, _, bits = saved
     wide, given = g.to(dtype), kept(x.reshape(-1, x.shape[-1]).to(dtype), bits)
     gu = torch.mm(wide, (B * s).to(dtype))
-    gx = (torch.mm(g, W) + kept(torch.mm(gu, A.to(dtype)), bits)).to(x.dtype).view(x.shape) if need[0] else None
-    gA = torch.mm(gu.t(), given).to(A.dtype) if need[3] else None
-    gB = (torch.mm(wide.t(), torch.mm(given, A.to(dtype).t())) * s).to(B.dtype) if need[4] else None
-    return gx, None, g.sum(0) if need[2] else None, gA, gB
+    gA = torch.mm(gu.t(), given).to(A.dtype) if need[0] else None
+    gB = (torch.mm(wide.t(), torch.mm(given, A.to(dtype).t())) * s).to(B.dtype) if need[1] else None
+    return kept(torch.mm(gu, A.to(dtype)), bits), gA, gB
 
 
 def suits(a: View) -> bool:
@@ -166,7 +173,7 @@ class BoundLinear:
         by_torch = is_compiling() or _are_functorch_transforms_active()
         if p or wanted or by_torch:
             # with dropout, nothing here depends on `wanted`: a recomputation with gradients must draw the same mask
-            if by_torch or W.requires_grad or p >= 1 or x.numel() < _SMALL:
+            if by_torch or W.requires_grad or p >= 1 or is_small(x):
                 return self.formula(x, W, bias, A, B, p)
             how = How(self.s, p, W.dtype if self.in_base_dtype else A.dtype, self.seeded)
             return FusedLora.apply(x, W, bias, A, B, how)  # type: ignore[no-untyped-call]

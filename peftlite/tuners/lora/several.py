@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from peftlite.core.lean import DROPOUTS
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
-from peftlite.tuners.lora.blocks import blocks, is_large
-from peftlite.tuners.lora.bound import Parts, globally_hooked
-from peftlite.tuners.lora.masks import drawn, kept
+from peftlite.tuners.lora.blocks import blocks, is_large, is_small
+from peftlite.tuners.lora.bound import Parts, differentiable_low, globally_hooked
+from peftlite.tuners.lora.masks import drawn
 from peftlite.tuners.lora.passes import Kept, add_product, entered, gradients, low_of
-
-_SMALL = 1 << 17  # elements of x below which a Function in Python costs more than it saves
 
 
 class FusedLoras(torch.autograd.Function):
@@ -61,18 +59,17 @@ class FusedLoras(torch.autograd.Function):
         x, u, W, *rest = ctx.saved_tensors
         scales, need = ctx.scales, ctx.needs_input_grad
         bits, As, Bs = rest[: len(scales)], rest[len(scales) :: 2], rest[len(scales) + 1 :: 2]
-        flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        g = grad.reshape(-1, grad.shape[-1])
         parts = list(zip(bits, As, Bs, scales, need[5::2], need[6::2], strict=True))
         gx: Tensor | None = None
         if torch.is_grad_enabled():
             gx = torch.mm(g, W) if need[0] else None
             found: list[Tensor | None] = []
             for mask, A, B, s, need_A, need_B in parts:
-                wide, given = g.to(A.dtype), kept(flat.to(A.dtype), mask)
-                gu = torch.mm(wide, B * s)
-                gx = None if gx is None else gx + kept(torch.mm(gu, A), mask)
-                found += [torch.mm(gu.t(), given) if need_A else None]
-                found += [torch.mm(wide.t(), torch.mm(given, A.t())) * s if need_B else None]
+                saved = Kept(x, A, B, W, u, mask)
+                low, gA, gB = differentiable_low(saved, s, A.dtype, (need_A, need_B), g)
+                gx = None if gx is None else gx + low
+                found += [gA, gB]
         else:
             gx, found = passed_back(x, u, W, parts, need, g)
         gx = None if gx is None else gx.to(x.dtype).view(x.shape)
@@ -146,7 +143,7 @@ class BoundLoras:
         if not trains:
             return self.infer(x, W, factors[::2], factors[1::2])
         # with dropout, nothing here depends on who wants gradients: a recomputation must draw the same masks
-        if x.numel() < _SMALL or max(ps) >= 1 or W.requires_grad:  # type: ignore[union-attr]
+        if is_small(x) or max(ps) >= 1 or W.requires_grad:  # type: ignore[union-attr]
             return self.slow(x)
         return FusedLoras.apply(x, W, self.pw["bias"], self.scales, ps, *factors)  # type: ignore[no-untyped-call]
 
