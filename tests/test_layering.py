@@ -33,6 +33,7 @@ ROOMS = (
     ("as_peft", "cli", "_hooks"),
 )
 CORE = (
+    "room",
     "transaction",
     "lean",
     "slots",

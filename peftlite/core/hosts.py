@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlite.core.room import cloned
+
 ALL_ROWS = slice(None)
 
 
@@ -57,7 +59,7 @@ def on_cpu(held: Any) -> Any:
 
 def copied(parameter: Tensor) -> nn.Parameter:
     """A Parameter with storage of its own."""
-    return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    return nn.Parameter(cloned(parameter), parameter.requires_grad)
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ class Host:
         weight, bias = self.parameter, self.bias
         if shared:
             return Saved(weight, bias, shared=True)
-        return Saved(weight.detach().clone(), None if bias is None else bias.detach().clone())
+        return Saved(cloned(weight), None if bias is None else cloned(bias))
 
     def put_copies(self, saved: Saved) -> None:
         """Give the layer Parameters of its own, equal to those saved."""

@@ -19,6 +19,8 @@ from typing import Any, Final, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from peftlite.core.room import cloned
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Undo = Callable[[], object]
@@ -108,7 +110,7 @@ def keep_values(*tensors: Tensor) -> None:
     """Note the numbers in tensors that are about to be written into."""
     if _journal.steps is not None:
         for tensor in tensors:
-            _journal.steps.append(partial(write, tensor, tensor.detach().clone()))
+            _journal.steps.append(partial(write, tensor, cloned(tensor)))
 
 
 def put(mapping: dict[str, Any], key: str, value: Any) -> None:
