@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import singledispatch
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,8 @@ from peftlite.core.hosts import ALL_ROWS, ConvHost, Dense, EmbeddingHost, Host, 
 from peftlite.core.slots import View
 from peftlite.core.variant import Placement, Program
 from peftlite.tuners.lora.factors import along_output, drops, entering, groups_of
-from peftlite.tuners.lora.start import Shifted, net_pair
+from peftlite.tuners.lora.small import SMALL, bound_if_small, directed
+from peftlite.tuners.lora.start import Shifted, net_pair, start_of
 
 _BLOCK = 1 << 22  # elements of a weight in half precision that are widened at a time
 
@@ -105,11 +107,8 @@ class Dora(Shifted):
         added = self.low_rank(a, x, entered) * a.scaling
         if drops(host, a):
             linear = host.apply(entered.to(own.weight.dtype), own.weight)
-        elif own.bias is not None:
-            linear = y - along_output(host, own.bias)
-        else:
-            return (g * (y + added)).to(y.dtype)
-        return (y + (g - 1) * linear + g * added).to(y.dtype)
+            return torch.addcmul(torch.addcmul(y, g - 1, linear), g, added).to(y.dtype)
+        return directed(y, None if own.bias is None else along_output(host, own.bias), g, added)
 
     def merge(self, a: View, dense: Dense, rows: slice = ALL_ROWS) -> Dense:
         own = a.layer.own(rows)
@@ -120,17 +119,17 @@ class Dora(Shifted):
         return Dense(weight, own.bias + g * (dense.bias - own.bias))  # what adapters before this one added
 
     def bind(self, a: View, slow: Program) -> Program | None:
-        return None
+        return bound_if_small(a, slow) if start_of(a.layer.host, a) is None else None
 
 
 @torch.no_grad()
 def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float, changed: bool = True) -> Tensor:
-    """|W + s B A| of each row (out,), in at least fp32 and without the product (out, in).
+    """|W + s B A| of each row (out,), in at least fp32 and, but for small ones, without the product (out, in).
 
     |w + s b A|^2 = |w|^2 + s <2 w A^T + s b A A^T, b> with rows w of W (out, in, *kernel) and b of B (out, r). With
     `changed=False`, for B A = 0, it is the same number without any product.
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device.type):
         flat = weight.flatten(1)
         step = flat.shape[0] if flat.dtype.itemsize >= 4 else max(1, _BLOCK // max(1, flat.shape[1]))
         blocks = [slice(first, first + step) for first in range(0, flat.shape[0], step)]
@@ -138,11 +137,19 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float, changed: boo
         return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A block without autocast, which takes its time to be switched off where it is not on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _norms(w: Tensor, A: Tensor, B: Tensor, scaling: float, changed: bool) -> Tensor:
+    if changed:
+        A, B = A.to(w.dtype), B.to(w.dtype)
+    if w.numel() <= SMALL:  # in one layout, in which sums are of one order
+        w, changed = torch.addmm(w, B * scaling, A) if changed else w.contiguous(), False
     norms: Tensor = torch.linalg.vector_norm(w, dim=1)
     if not changed:
         return norms
-    A, B = A.to(w.dtype), B.to(w.dtype)
     inner = (torch.addmm(w @ A.T, B, scaling * (A @ A.T), beta=2) * B).sum(1)
     return (norms.square() + scaling * inner).clamp_min(0).sqrt()
 
