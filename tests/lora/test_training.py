@@ -237,6 +237,20 @@ def test_inference_in_blocks_is_inference(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(layer(x), whole, rtol=2**-7, atol=1e-3)
 
 
+def test_wide_copies_of_blocks_use_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "LARGE", 3 * IN)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    x, found, places = torch.randn(7, IN).bfloat16(), [], set()
+    for rows, wide in blocks.widened(x, torch.float32):
+        assert torch.equal(wide, x[rows].float())
+        found.append((rows.start, len(wide)))
+        places.add(wide.data_ptr())
+        wide.zero_()
+    assert found == [(0, 3), (3, 3), (6, 1)]
+    assert len(places) == 1
+    assert not list(blocks.widened(x[:0], torch.float32))
+
+
 def test_a_mask_is_one_bit_for_each_element(monkeypatch: pytest.MonkeyPatch) -> None:
     every = torch.arange(256, dtype=torch.uint8)
     expected = torch.tensor([[number >> bit & 1 for bit in range(8)] for number in range(256)], dtype=torch.uint8)

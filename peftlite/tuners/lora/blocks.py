@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-LARGE = 1 << 17  # elements, for each thread
+LARGE = 1 << 19  # elements, for each thread
 SMALL = 1 << 17  # elements
 
 
@@ -25,6 +25,17 @@ def blocks(matrix: Tensor) -> Iterator[slice]:
     """Slices of the rows of a matrix that together are all of them; one, where there is no such cache."""
     step = rows_at_once(matrix)
     yield from (slice(start, start + step) for start in range(0, len(matrix), step))
+
+
+def widened(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The blocks of a matrix, each with a copy in another dtype, which is overwritten when the next one is asked for.
+
+    New memory for each would cost as much as the copies: what is freed at the heap's end is cleared again before use.
+    """
+    room = matrix.new_empty(min(rows_at_once(matrix), len(matrix)), matrix.shape[1], dtype=dtype)
+    for rows in blocks(matrix):
+        part = matrix[rows]
+        yield rows, room[: len(part)].copy_(part)
 
 
 def rows_at_once(matrix: Tensor) -> int:

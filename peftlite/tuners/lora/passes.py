@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.core.slots import HALF_DTYPES
-from peftlite.tuners.lora.blocks import blocks, is_large
+from peftlite.tuners.lora.blocks import blocks, is_large, widened
 from peftlite.tuners.lora.masks import drop_, dropped
 
 
@@ -41,20 +41,18 @@ class Kept(NamedTuple):
     bits: Tensor | None
 
 
-def entered(x: Tensor, bits: Tensor | None, dtype: torch.dtype, rows: slice) -> Tensor:
-    """Some rows of what A is given."""
-    return dropped(x[rows], of_rows(bits, rows)).to(dtype)
+def entries(x: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """What A is given, some rows at a time: the slice of them, and drop(x) of those, to be used before the next.
 
-
-def pieces(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Iterator[slice]:
-    """Blocks of the rows; all rows in half precision, whose kernels are slow to start, if nothing is made of them."""
-    whole = x.dtype == dtype in HALF_DTYPES and bits is None
-    return iter((slice(0, len(x)),)) if whole else blocks(x)
-
-
-def of_rows(bits: Tensor | None, rows: slice) -> Tensor | None:
-    """The mask of some rows."""
-    return None if bits is None else bits[rows]
+    All rows at once in half precision, whose kernels are slow to start, if nothing is made of them.
+    """
+    if bits is not None:
+        return ((rows, dropped(x[rows], bits[rows]).to(dtype)) for rows in blocks(x))
+    if x.dtype != dtype:
+        return widened(x, dtype)
+    if dtype in HALF_DTYPES:
+        return iter(((slice(0, len(x)), x),))
+    return ((rows, x[rows]) for rows in blocks(x))
 
 
 def low_of(x: Tensor, bits: Tensor | None, A: Tensor) -> Tensor:
@@ -62,8 +60,8 @@ def low_of(x: Tensor, bits: Tensor | None, A: Tensor) -> Tensor:
     if bits is None and (x.dtype == A.dtype or not is_large(x)):
         return F.linear(x.to(A.dtype), A)
     u = A.new_empty(len(x), len(A))
-    for rows in blocks(x):
-        torch.mm(entered(x, bits, A.dtype, rows), A.t(), out=u[rows])
+    for rows, part in entries(x, bits, A.dtype):
+        torch.mm(part, A.t(), out=u[rows])
     return u
 
 
@@ -72,15 +70,15 @@ def add_product(y: Tensor, u: Tensor, B: Tensor, s: float = 1.0, bits: Tensor | 
     if y.dtype == u.dtype and bits is None:
         y.addmm_(u, B, alpha=s)
         return
-    narrow = torch.promote_types(y.dtype, u.dtype) != u.dtype
-    for rows in blocks(y):
-        part = y[rows]
-        if narrow:
-            part.add_(drop_(torch.mm(u[rows], B), of_rows(bits, rows)), alpha=s)
-        elif bits is None:
-            part.copy_(part.to(u.dtype).addmm_(u[rows], B, alpha=s))
-        else:
-            part.copy_(drop_(torch.mm(u[rows] * s, B), bits[rows]).add_(part))
+    if torch.promote_types(y.dtype, u.dtype) != u.dtype:
+        for rows in blocks(y):
+            y[rows].add_(drop_(torch.mm(u[rows], B), None if bits is None else bits[rows]), alpha=s)
+    elif bits is None:
+        for rows, sums in widened(y, u.dtype):
+            y[rows].copy_(sums.addmm_(u[rows], B, alpha=s))
+    else:
+        for rows in blocks(y):
+            y[rows].copy_(drop_(torch.mm(u[rows] * s, B), bits[rows]).add_(y[rows]))
 
 
 def gradients(
@@ -95,14 +93,13 @@ def gradients(
     gu = A.new_empty(len(g), len(A), dtype=dtype)
     gA = torch.zeros_like(A) if need[3] else None
     gB = B.new_zeros(len(A), len(B)) if need[4] else None  # transposed: large matrices stay as they lie
-    for rows in pieces(g, dtype):
-        wide = g[rows].to(dtype)
+    for rows, wide in entries(g, None, dtype):
         torch.mm(wide, Bs, out=gu[rows])
         if gB is not None:
             add_sum(gB, u[rows], wide, s)
     if gA is not None:
-        for rows in pieces(x, dtype, bits):
-            add_sum(gA, gu[rows], entered(x, bits, dtype, rows), 1.0)
+        for rows, part in entries(x, bits, dtype):
+            add_sum(gA, gu[rows], part, 1.0)
     return gu, gA, None if gB is None else gB.t().contiguous()
 
 

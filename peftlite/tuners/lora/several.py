@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from peftlite.core.lean import DROPOUTS
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
-from peftlite.tuners.lora.blocks import blocks, is_large, is_small
+from peftlite.tuners.lora.blocks import is_large, is_small
 from peftlite.tuners.lora.bound import Parts, differentiable_low, globally_hooked
 from peftlite.tuners.lora.masks import drawn
-from peftlite.tuners.lora.passes import Kept, add_product, entered, gradients, low_of
+from peftlite.tuners.lora.passes import Kept, add_product, entries, gradients, low_of
 
 
 class FusedLoras(torch.autograd.Function):
@@ -110,8 +110,8 @@ def passed_back(
 def of_factor(x: Tensor, gu: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The gradient of A (r, in), from that of u (rows, r)."""
     gA = torch.zeros(gu.shape[1], x.shape[1], dtype=dtype, device=x.device)
-    for rows in blocks(x):
-        gA.addmm_(gu[rows].t(), entered(x, bits, dtype, rows))
+    for rows, part in entries(x, bits, dtype):
+        gA.addmm_(gu[rows].t(), part)
     return gA
 
 
