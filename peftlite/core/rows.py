@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,24 +16,28 @@ from peftlite.core.state import BASE, AdapterState
 from peftlite.core.variant import Bank, Program
 from peftlite.errors import AdapterNameError, StateError
 
+Runs = tuple[tuple[int, int], ...]
+"""(group, how many of it), one after the other."""
+
 
 class Order:
-    """How the entries of a batch, `each` for a row, are sorted by adapter, one group after the other.
+    """How the entries of a batch, `each` for a row, are brought together by adapter, one group after the other.
 
-    rows: the group of each row; perm: the rows sorted by group, None where they come so; counts: rows of each group.
-    What a caller does not use is not worked out, and so nothing that compiled code depends on.
+    rows: the group of each row; perm: the rows brought together, None where they come so; runs: (group, rows) in the
+    order that they then have. What a caller does not use is not worked out, and so nothing that compiled code depends
+    on.
     """
 
-    def __init__(self, rows: Tensor, perm: Tensor | None, counts: Sequence[int], each: int) -> None:
+    def __init__(self, rows: Tensor, perm: Tensor | None, runs: Runs, each: int) -> None:
         self.rows = rows
         self.perm = perm
-        self.counts = counts
+        self.runs = runs
         self.each = each
 
-    @property
-    def sizes(self) -> list[int]:
-        """Entries of each group."""
-        return [count * self.each for count in self.counts]
+    def parts(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(group, its entries) of entries that were brought together."""
+        sizes = [count * self.each for _, count in self.runs]
+        return zip((group for group, _ in self.runs), split(x, sizes), strict=True)
 
     @property
     def group(self) -> Tensor:
@@ -41,7 +46,7 @@ class Order:
 
     @cached_property
     def sort(self) -> Tensor | None:
-        """(entries,): the entries sorted by group; None where they come so."""
+        """(entries,): the entries brought together; None where they come so."""
         return None if self.perm is None else spread(self.perm, self.each)
 
     @cached_property
@@ -50,11 +55,11 @@ class Order:
         return None if self.sort is None else torch.argsort(self.sort)
 
     def sorted(self, x: Tensor) -> Tensor:
-        """The entries of the first dimension, sorted by group."""
+        """The entries of the first dimension, brought together by group."""
         return x if self.sort is None else x.index_select(0, self.sort)
 
     def restored(self, y: Tensor) -> Tensor:
-        """Sorted entries in the order in which they came."""
+        """Entries that were brought together in the order in which they came."""
         return y if self.unsort is None else y.index_select(0, self.unsort)
 
 
@@ -80,10 +85,13 @@ class RowsCall(Call):
         self.plan = plan
         self.groups = grouped(rows)
         place = {name: number for number, name in enumerate(self.groups)}
-        self.group = torch.tensor([place[name] for name in rows])
-        self.sizes: list[int] = torch.bincount(self.group).tolist()
-        is_sorted = all(place[one] <= place[two] for one, two in pairwise(rows))
-        self.perm = None if is_sorted else torch.argsort(self.group, stable=True)
+        self.places = [place[name] for name in rows]
+        self.group = torch.tensor(self.places)
+        self.runs: Runs = tuple([(group, len(list(run))) for group, run in groupby(self.places)])
+        self.perm: Tensor | None = None
+        if len(self.runs) > len(self.groups):
+            self.runs = tuple(sorted(Counter(self.places).items()))
+            self.perm = torch.tensor(sorted(range(self.count), key=self.places.__getitem__))
         self.orders: dict[tuple[int, torch.device], Order] = {}
         self.planned: dict[str, Programs] = {}
         if len(self.groups) == 1 or any(bank is None for bank in banks.values()):
@@ -96,8 +104,8 @@ class RowsCall(Call):
     def rows_of(self, name: str) -> Tensor | None:
         if len(self.groups) == 1:
             return None
-        perm = torch.arange(self.count) if self.perm is None else self.perm
-        return split(perm, self.sizes)[self.groups.index(name)]
+        wanted = self.groups.index(name)
+        return torch.tensor([row for row, group in enumerate(self.places) if group == wanted])
 
     def run(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's output, every row with its own adapter.
@@ -134,12 +142,12 @@ class RowsCall(Call):
         return known
 
     def _order(self, each: int, device: torch.device) -> Order:
-        return Order(self.group.to(device), None if self.perm is None else self.perm.to(device), self.sizes, each)
+        return Order(self.group.to(device), None if self.perm is None else self.perm.to(device), self.runs, each)
 
     def _group_by_group(self, layer: Any, order: Order, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         outputs = []
-        for name, part in zip(self.groups, split(order.sorted(args[0]), order.sizes), strict=True):
-            outputs.append(self.program(layer, name)(part, *args[1:], **kwargs))
+        for group, part in order.parts(order.sorted(args[0])):
+            outputs.append(self.program(layer, self.groups[group])(part, *args[1:], **kwargs))
         return order.restored(torch.cat(outputs))
 
     def renew(self) -> None:

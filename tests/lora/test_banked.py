@@ -99,7 +99,15 @@ def test_rows_together_equal_rows_one_by_one(
 @pytest.mark.parametrize("large", [1 << 17, 128, 1], ids=["whole", "some groups at a time", "by row"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "rows", [["d", "__base__", "c", "a", "b"], ["a"] * 5 + ["b", "__base__", "c"], ["__base__", "d"]], ids=str
+    "rows",
+    [
+        ["d", "__base__", "c", "a", "b"],
+        ["a"] * 5 + ["b", "__base__", "c"],
+        ["__base__", "d"],
+        ["c", "c", "a", "d", "d"],
+        ["c", "a", "c"],
+    ],
+    ids=str,
 )
 def test_groups_of_every_size_are_right(
     rows: list[str], dtype: torch.dtype, large: int, monkeypatch: pytest.MonkeyPatch
@@ -118,14 +126,15 @@ def test_groups_of_every_size_are_right(
 
 
 def test_small_groups_are_taken_together_and_a_large_one_alone() -> None:
-    found = banked.together((2, 0, 3, 9, 1, 4, 1), 5)
-    assert [(rows.start, rows.stop, list(groups)) for rows, groups in found] == [
-        (0, 5, [(0, 2), (2, 3)]),
-        (5, 14, [(3, 9)]),
-        (14, 19, [(4, 1), (5, 4)]),
-        (19, 20, [(6, 1)]),
-    ]
-    assert banked.together((0, 0), 5) == ()
+    runs = ((0, 2), (2, 3), (3, 9), (7, 1), (5, 4), (6, 1))
+    assert banked.together(runs, 1, 5) == (
+        (slice(0, 5), ((0, 2), (2, 3))),
+        (slice(5, 14), ((3, 9),)),
+        (slice(14, 19), ((7, 1), (5, 4))),
+        (slice(19, 20), ((6, 1),)),
+    )
+    assert banked.together(((1, 2), (0, 1)), 3, 9) == ((slice(0, 9), ((1, 6), (0, 3))),)
+    assert banked.together(((0, 2), (1, 1)), 0, 5) == ()
 
 
 @pytest.mark.parametrize("blocks", [False, True], ids=["whole", "in blocks"])

@@ -21,15 +21,12 @@ from torch import Tensor, nn
 
 from peftlite.core.hosts import LinearHost
 from peftlite.core.lean import DROPOUTS, IDENTITIES, LINEARS
-from peftlite.core.rows import Order, split
+from peftlite.core.rows import Order, Runs, split
 from peftlite.core.slots import View
 from peftlite.tuners.lora.blocks import rows_at_once
 from peftlite.tuners.lora.bound import Parts, globally_hooked
 from peftlite.tuners.lora.factors import in_base_dtype
 from peftlite.tuners.lora.passes import add_product, low_of
-
-Groups = Sequence[tuple[int, int]]
-"""(group, how many vectors of it), one after the other."""
 
 
 def banks(a: View) -> bool:
@@ -72,9 +69,10 @@ class LoraBank:
         if p is None or not are_plain([*As, *Bs]):
             return None
         batched = compiling or x.device.type != "cpu"
-        many = batched or x.numel() > x.shape[-1] * sum(map(len, As))  # vectors; of few, casting factors is more work
-        if self.in_base_dtype and many:
-            As, Bs = ([factor.to(self.layer.host.dtype) for factor in factors] for factors in (As, Bs))
+        if self.in_base_dtype:  # of few vectors, casting factors is more work
+            many = batched or x.numel() > x.shape[-1] * sum(map(len, As))
+            dtype = self.layer.host.dtype if many else As[0].dtype
+            As, Bs = ([factor.to(dtype) for factor in factors] for factors in (As, Bs))
         if not batched and not torch.is_grad_enabled() and not p and self.base_is_plain():
             return self.infer(x, order, As, Bs)
         y: Tensor = self.base(x)
@@ -111,49 +109,44 @@ class LoraBank:
         flat, low_in, dtype = y.view(-1, self.out), given.reshape(-1, x.shape[-1]), As[0].dtype
         wide = flat.dtype != dtype
         step = rows_at_once(flat if self.out > x.shape[-1] else low_in) if wide else len(flat)
-        for rows, groups in together(tuple(self.vectors(flat, order)), step):
+        each = len(flat) // max(1, len(order.rows))
+        for rows, runs in together(order.runs, each, step):
             part, into = low_in[rows], flat[rows]
-            if wide and len(groups) > 1:
+            if wide and len(runs) > 1:
                 sums = into.to(dtype)
-                self.add(part.to(dtype), sums, groups, As, Bs)
+                self.add(part.to(dtype), sums, runs, As, Bs)
                 into.copy_(sums)
             else:
-                self.add(part, into, groups, As, Bs)
+                self.add(part, into, runs, As, Bs)
         return order.restored(y)
 
-    def add(self, x: Tensor, y: Tensor, groups: Groups, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
-        """Add to the vectors y what the groups' adapters give for the vectors x, both sorted by group."""
-        sizes = [size for _, size in groups]
-        alone = max(sizes) == 1 and x.dtype == y.dtype and y.dtype in (torch.float32, torch.float64)
-        parts, places = ((one.unbind(0) if alone else split(one, sizes)) for one in (x, y))
-        for (group, _), part, into in zip(groups, parts, places, strict=True):
-            at = self.places[group]
-            if at is None:
-                continue
-            A, B, s = As[at], Bs[at], self.scales[at]
-            low = torch.mv(A, part) if alone else low_of(part, None, A)
-            if isinstance(s, Tensor):
-                low, s = low * s, 1.0
-            if alone:
-                into.addmv_(B, low, alpha=s)
-            else:
-                add_product(into, low, B.t(), s)
-
-    def vectors(self, flat: Tensor, order: Order) -> Sequence[int]:
-        """Of sorted vectors (vectors, width), how many each group has."""
-        each = len(flat) // max(1, len(order.rows))
-        return order.counts if each == 1 else [count * each for count in order.counts]
+    def add(self, x: Tensor, y: Tensor, runs: Runs, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
+        """Add to the vectors y what the groups' adapters give for the vectors x, both brought together by group."""
+        places, scales = self.places, self.scales
+        if len(runs) == len(x) and x.dtype is y.dtype and y.dtype in (torch.float32, torch.float64):
+            for (group, _), part, into in zip(runs, x.unbind(0), y.unbind(0), strict=True):
+                if (at := places[group]) is not None:
+                    low, s = torch.mv(As[at], part), scales[at]
+                    if isinstance(s, Tensor):
+                        low, s = low * s, 1.0
+                    into.addmv_(Bs[at], low, alpha=s)
+            return
+        sizes = [size for _, size in runs]
+        for (group, _), part, into in zip(runs, split(x, sizes), split(y, sizes), strict=True):
+            if (at := places[group]) is not None:
+                low, s = low_of(part, None, As[at]), scales[at]
+                if isinstance(s, Tensor):
+                    low, s = low * s, 1.0
+                add_product(into, low, Bs[at].t(), s)
 
     def by_group(self, x: Tensor, order: Order, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Tensor:
         """Scaled B A x for all rows, group by group; differentiable."""
         given = order.sorted(x).to(As[0].dtype)
-        flat = given.reshape(-1, x.shape[-1])
-        done = [
-            part.new_zeros(len(part), self.out)
-            if at is None
-            else F.linear(F.linear(part, As[at]) * self.scales[at], Bs[at])
-            for at, part in zip(self.places, split(flat, self.vectors(flat, order)), strict=True)
-        ]
+        done = []
+        for group, part in order.parts(given):
+            at, low = self.places[group], part.reshape(-1, x.shape[-1])
+            made = None if at is None else F.linear(F.linear(low, As[at]) * self.scales[at], Bs[at])
+            done.append(low.new_zeros(len(low), self.out) if made is None else made)
         return order.restored(torch.cat(done).view(*x.shape[:-1], self.out))
 
     def batched(self, x: Tensor, order: Order, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Tensor:
@@ -177,21 +170,23 @@ class LoraBank:
 
 
 @lru_cache(maxsize=64)
-def together(sizes: tuple[int, ...], step: int) -> tuple[tuple[slice, Groups], ...]:
-    """Slices of vectors sorted by group, with the groups in each: as many as fit into `step` vectors, or a larger one.
+def together(runs: Runs, each: int, step: int) -> tuple[tuple[slice, Runs], ...]:
+    """Slices of vectors, and (group, vectors) in each slice: as many as fit into `step` vectors, or a larger one.
 
-    sizes: of all groups.
+    runs: (group, rows), where there are `each` vectors per row.
     """
     found: list[tuple[slice, list[tuple[int, int]]]] = []
     end = 0
-    for group, size in enumerate(sizes):
+    for group, entries in runs:
+        size = entries * each
         if size and found and end + size - found[-1][0].start <= step:
-            rows, groups = found[-1]
-            found[-1] = slice(rows.start, end + size), [*groups, (group, size)]
+            rows, inside = found[-1]
+            inside.append((group, size))
+            found[-1] = slice(rows.start, end + size), inside
         elif size:
             found.append((slice(end, end + size), [(group, size)]))
         end += size
-    return tuple(found)
+    return tuple([(rows, tuple(inside)) for rows, inside in found])
 
 
 def are_plain(factors: Sequence[Any]) -> bool:
