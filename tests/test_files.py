@@ -150,6 +150,45 @@ def test_a_tensor_read_does_not_change_with_the_file(tmp_path: Path) -> None:
 # ---- what is read
 
 
+MIXED = {
+    "a": torch.arange(9),
+    "b": torch.full((40,), 3e38),  # whose sum is not finite
+    "c": torch.randn(3, 2),
+    "d": torch.zeros(0),
+    "e": torch.randn(5).bfloat16(),
+    "f": torch.tensor(1.5),
+    "g": torch.ones(30).to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("at_once", [16, 64, 1 << 20])
+@pytest.mark.parametrize("key", [None, *"bcefg"])
+def test_a_tensor_that_is_not_finite_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None, at_once: int
+) -> None:
+    monkeypatch.setattr(tensorfile, "_LOOK", at_once)
+    given = {name: tensor.clone() for name, tensor in MIXED.items()}
+    if key is not None:
+        given[key].view(-1)[-1:] = torch.tensor([float("nan")], dtype=given[key].dtype)
+    write_adapter(tmp_path, TEXT, given)
+    with read_adapter(tmp_path) as found:
+        assert found.tensors.not_finite() == key
+    assert tensorfile.MemoryTensors(given).not_finite() == key
+
+
+def test_tensors_of_all_kinds_are_read_into_others(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TEXT, MIXED)
+    places = {key: torch.zeros_like(tensor) for key, tensor in MIXED.items()}
+    places["c"] = torch.zeros(2, 3).t()
+    places["e"] = torch.nn.Parameter(torch.zeros(5))
+    versions = {key: tensor._version for key, tensor in places.items()}
+    with read_adapter(tmp_path) as found:
+        found.tensors.read_into(reversed(places.items()))
+    for key, tensor in places.items():
+        assert torch.equal(tensor.detach().double(), MIXED[key].double()), key
+        assert tensor._version > versions[key]
+
+
 def test_pickled_weights_are_read_only_where_there_are_no_others(tmp_path: Path) -> None:
     put(tmp_path)
     torch.save(tensors(1), tmp_path / WEIGHTS_NAME)

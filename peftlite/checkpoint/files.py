@@ -27,7 +27,8 @@ from torch import Tensor
 from peftlite.checkpoint import commit
 from peftlite.checkpoint.hub import missing
 from peftlite.checkpoint.keys import CONFIG_NAME, RECORD_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peftlite.checkpoint.tensorfile import MemoryTensors, SafetensorsFile, write_tensors
+from peftlite.checkpoint.tensorfile import MemoryTensors, SafetensorsFile
+from peftlite.checkpoint.tensorwriting import write_tensors
 from peftlite.config import register_reader
 from peftlite.errors import CheckpointError, warn
 from peftlite.reading import read_object

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from peftlite.checkpoint.files import read_json
 from peftlite.checkpoint.keys import nearest_keys, shown
-from peftlite.checkpoint.tensorfile import SafetensorsFile, TensorInfo, chunks, header_of, laid_out
+from peftlite.checkpoint.tensorfile import SafetensorsFile, TensorInfo
+from peftlite.checkpoint.tensorwriting import chunks, header_of, laid_out
 from peftlite.errors import CheckpointError
 
 SINGLE = "model.safetensors"

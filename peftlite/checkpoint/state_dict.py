@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import cmath
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peftlite.checkpoint import hub
@@ -25,7 +23,7 @@ from peftlite.checkpoint.targets import (
     live_targets,
     tables_of,
 )
-from peftlite.checkpoint.tensorfile import MemoryTensors, TensorSource
+from peftlite.checkpoint.tensorfile import MemoryTensors, TensorSource, is_finite
 from peftlite.core.facts import ModelFacts, facts_of
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import state_of
@@ -301,18 +299,6 @@ def stage(
     if strict is not True or report.not_finite_keys:
         settle(report, what, strict=strict)
     return report, staged
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers in a tensor are numbers."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    # one pass; a sum of finite numbers may overflow, though
-    return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 @atomic

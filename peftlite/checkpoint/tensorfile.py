@@ -1,28 +1,29 @@
-"""The safetensors format, read with suspicion and written with the same bytes every time.
+"""The safetensors format, read with suspicion.
 
     8 bytes: length n of the header | n bytes: JSON, name -> dtype, shape, [begin, end) | the tensors' bytes, no gaps
 
 The header is checked as a whole before any tensor is read, and a tensor is read only when it is asked for, into memory
 of its own: a map of the file, which is there for those who ask for it, changes, or ends the process, when somebody else
-writes into that file later. Writing is done here too because the safetensors library orders metadata at random; a file
-without metadata is equal to that library's, byte for byte.
+writes into that file later.
 """
 
 from __future__ import annotations
 
+import cmath
 import json
 import math
 import mmap
+import os
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import Tensor
 
 from peftlite.checkpoint.keys import shown
+from peftlite.core.room import in_bytes, is_plain
 from peftlite.core.transaction import write
 from peftlite.errors import CheckpointError, warn
 from peftlite.reading import without_repeats
@@ -30,8 +31,10 @@ from peftlite.reading import without_repeats
 MAX_HEADER = 32 << 20
 """Bytes; 200,000 tensors with long names fit."""
 
-_CHUNK = 16 << 20
-_METADATA = "__metadata__"
+CHUNK = 16 << 20
+"""Bytes that are read or written in one go."""
+METADATA = "__metadata__"
+_LOOK = 1 << 20  # what fits into a processor's cache
 _DTYPES = {
     # in the order in which files are laid out
     "U64": "uint64",
@@ -57,8 +60,8 @@ _DTYPES = {
 DTYPES: dict[str, torch.dtype] = {
     k: getattr(torch, v) for k, v in _DTYPES.items() if getattr(torch, v, None) is not None
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_RANK = {code: rank for rank, code in enumerate(_DTYPES)}
+CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+RANK = {code: rank for rank, code in enumerate(_DTYPES)}
 
 
 class TensorInfo(NamedTuple):
@@ -97,9 +100,14 @@ class MemoryTensors:
         """One tensor as it is, to be looked at."""
         return self._tensors[key].detach()
 
-    def read_into(self, key: str, tensor: Tensor) -> None:
-        """Write one tensor's numbers into another of its shape."""
-        write(tensor, self.look(key))
+    def read_into(self, places: Iterable[tuple[str, Tensor]]) -> None:
+        """Write tensors' numbers into others of their shapes."""
+        for key, tensor in places:
+            write(tensor, self.look(key))
+
+    def not_finite(self) -> str | None:
+        """The name of a tensor with numbers that are not finite, if there is one."""
+        return next((key for key, tensor in self._tensors.items() if not is_finite(tensor)), None)
 
     def close(self) -> None:
         pass
@@ -113,6 +121,7 @@ class SafetensorsFile:
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name
+        self._opened = self._stamp()
         self._size = size = file.seek(0, 2)
         self._map: mmap.mmap | None = None
         file.seek(0)
@@ -126,7 +135,7 @@ class SafetensorsFile:
         self.table = zlib.crc32(raw)
         """The checksum of the table of tensors."""
         entries = self._parse(raw)
-        self.metadata = self._checked_metadata(entries.pop(_METADATA, {}))
+        self.metadata = self._checked_metadata(entries.pop(METADATA, {}))
         self.infos = {key: self._info(key, entry) for key, entry in entries.items()}
         self._check_layout(size - self._start)
         self._seen = torch.empty(0, dtype=torch.uint8)
@@ -215,7 +224,7 @@ class SafetensorsFile:
         tensor = torch.empty(info.shape, dtype=info.dtype)
         self._fill(tensor.view(-1).view(torch.uint8), info.begin, key)
         if sys.byteorder == "big":
-            _swap_bytes(tensor)
+            swap_bytes(tensor)
         return tensor
 
     def look(self, key: str) -> Tensor:
@@ -232,28 +241,62 @@ class SafetensorsFile:
         tensor = flat.view(info.dtype).view(info.shape)
         if sys.byteorder == "big":
             tensor = tensor.clone()
-            _swap_bytes(tensor)
+            swap_bytes(tensor)
         return tensor
 
-    def read_into(self, key: str, tensor: Tensor) -> None:
-        """Write one tensor's numbers into another of its shape, with no copy in between where that is possible.
+    def read_into(self, places: Iterable[tuple[str, Tensor]]) -> None:
+        """Write tensors' numbers into others of their shapes, with no copy in between where that is possible.
 
-        Raises: as `read`; some of the numbers may then have been written.
+        Raises: as `read`, and if the file was written to; some of the numbers may then have been written.
         """
-        info = self.infos[key]
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and not tensor.is_inference()
-        if not plain or tensor.dtype != info.dtype or not tensor.is_contiguous() or sys.byteorder == "big":
-            write(tensor, self.look(key))
-            return
-        flat = tensor.detach().view(-1)
-        flat[:0].zero_()  # so that its version says that it was written into
-        self._fill(flat.view(torch.uint8), info.begin, key)
+        for key, tensor in sorted(places, key=lambda place: self.infos[place[0]].begin):
+            info = self.infos[key]
+            if not is_plain(tensor) or tensor.dtype != info.dtype or sys.byteorder == "big":
+                write(tensor, self.look(key))
+                continue
+            torch.autograd.graph.increment_version(tensor)  # which says that it was written into
+            self._fill(in_bytes(tensor), info.begin, key)
+        if self._stamp() != self._opened:  # what was found to be in order may not be what was read
+            raise self._error("it was written to while it was read")
+
+    def _stamp(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def not_finite(self) -> str | None:
+        """The name of a tensor with numbers that are not finite, if there is one; takes next to no memory.
+
+        Raises: as `read`.
+        """
+        room = torch.empty(_LOOK, dtype=torch.uint8)
+        for keys, begin, end in self._groups():
+            for at in range(begin, end, _LOOK):
+                seen = room[: min(_LOOK, end - at)]
+                self._fill(seen, at, keys[0])
+                numbers = seen.view(self.infos[keys[0]].dtype)
+                if sys.byteorder == "big":
+                    swap_bytes(numbers)
+                if not is_finite(numbers):
+                    return next((key for key in keys if not is_finite(self.look(key))), None)
+        return None
+
+    def _groups(self) -> Iterator[tuple[list[str], int, int]]:
+        """Tensors of one dtype that lie side by side, and from where to where; as many as are looked at in one."""
+        keys: list[str] = []
+        begin = 0
+        for key, info in sorted(self.infos.items(), key=lambda item: item[1].begin):
+            if keys and (info.dtype != self.infos[keys[0]].dtype or info.end - begin > _LOOK):
+                yield keys, begin, info.begin
+                keys, begin = [], info.begin
+            keys.append(key)
+        if keys:
+            yield keys, begin, self.infos[keys[-1]].end
 
     def _fill(self, flat: Tensor, begin: int, key: str) -> None:
         self._file.seek(self._start + begin)
-        view = _bytes(flat)
+        view = bytes_of(flat)
         while view:
-            count = self._file.readinto(view[:_CHUNK])  # type: ignore[attr-defined]
+            count = self._file.readinto(view[:CHUNK])  # type: ignore[attr-defined]
             if not count:
                 raise self._error(f"{shown(key)} was cut off while it was read")
             view = view[count:]
@@ -264,9 +307,9 @@ class SafetensorsFile:
         Raises: CheckpointError if the file was cut off since its header was read.
         """
         info = self.infos[key]
-        for at in range(info.begin, info.end, _CHUNK):
+        for at in range(info.begin, info.end, CHUNK):
             self._file.seek(self._start + at)
-            wanted = min(_CHUNK, info.end - at)
+            wanted = min(CHUNK, info.end - at)
             piece = self._file.read(wanted)
             if len(piece) != wanted:
                 raise self._error(f"{shown(key)} was cut off while it was read")
@@ -281,94 +324,27 @@ class SafetensorsFile:
         self._file.close()
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers in a tensor are numbers."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    # one pass; a sum of finite numbers may overflow, though
+    return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+
+
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= 16 and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
 
-# ---- writing
-
-
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
-    """Write `tensors` as a safetensors file. Equal tensors give equal bytes, whatever their order, strides or device.
-
-    Gives back the checksum of the table of tensors.
-
-    Raises: CheckpointError for a tensor that has no values (on the meta device), or no place in the format.
-    """
-    plain = {key: _plain(key, tensor) for key, tensor in tensors.items()}
-    infos = laid_out({key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in plain.items()})
-    header = header_of(infos, {"format": "pt", **dict(sorted((metadata or {}).items()))})
-    file.write(header)
-    for key in infos:
-        for chunk in chunks(plain.pop(key)):
-            file.write(chunk)
-    return zlib.crc32(header[8:])
-
-
-def laid_out(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors in the order in which files have them, and where there."""
-    placed: dict[str, TensorInfo] = {}
-    at = 0
-    for key in sorted(infos, key=lambda key: (_RANK[_CODES[infos[key].dtype]], key)):
-        info = infos[key]
-        end = at + math.prod(info.shape) * info.dtype.itemsize
-        placed[key] = TensorInfo(info.dtype, info.shape, at, end)
-        at = end
-    return placed
-
-
-def header_of(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """What a file begins with.
-
-    Raises: CheckpointError for names that are not UTF-8.
-    """
-    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
-    for key, info in infos.items():
-        offsets = [info.begin, info.end]
-        header[key] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
-    try:
-        raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    except UnicodeEncodeError as error:
-        name = shown(error.object[error.start - 20 : error.end])
-        raise CheckpointError(f"A tensor's name, near {name}, is not UTF-8. Nothing was changed.") from None
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
-
-
-def _plain(key: str, tensor: Tensor) -> Tensor:
-    """The tensor without subclass, gradient or lazy conjugation; its values stay where they are."""
-    plain = tensor.detach()
-    if type(plain) is not Tensor:
-        plain = _without_subclass(key, plain)
-    if plain.is_meta or plain.layout is not torch.strided or plain.dtype not in _CODES:
-        why = "is on the meta device, and so has no values" if plain.is_meta else f"is {plain.layout}, {plain.dtype}"
-        raise CheckpointError(f"{shown(key)} {why}: it cannot be written. Nothing was changed.")
-    return plain.resolve_conj().resolve_neg()
-
-
-def _without_subclass(key: str, tensor: Tensor) -> Tensor:
-    if not bool(is_traceable_wrapper_subclass(tensor)):
-        return tensor.as_subclass(Tensor)
-    raise CheckpointError(
-        f"{shown(key)} is a {type(tensor).__name__}, whose values are not one dense tensor: gather or dequantise it "
-        "first. Nothing was changed."
-    )
-
-
-def chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a plain tensor as files have them, in pieces."""
-    flat = tensor.contiguous().cpu().reshape(-1)
-    if sys.byteorder == "big":
-        flat = flat.clone()
-        _swap_bytes(flat)
-    view = _bytes(flat.view(torch.uint8))
-    for start in range(0, len(view), _CHUNK):
-        yield view[start : start + _CHUNK]
-
-
-def _bytes(flat: Tensor) -> memoryview:
+def bytes_of(flat: Tensor) -> memoryview:
+    """The memory of a flat tensor of bytes."""
     return memoryview(cast(Any, flat.numpy()))
 
 
-def _swap_bytes(tensor: Tensor) -> None:
+def swap_bytes(tensor: Tensor) -> None:
+    """Turn the order of the bytes of each number."""
     cast(Any, tensor.untyped_storage()).byteswap(tensor.dtype)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LARGE = 4 << 20
 """Bytes from which on it pays to ask."""
 
+_MOST = 8 * LARGE
 _HUGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 _madvise = ctypes.CDLL(None).madvise if sys.platform == "linux" and _HUGE is not None else None
 if _madvise is not None:
@@ -37,3 +39,31 @@ def cloned(tensor: Tensor) -> Tensor:
     if type(tensor) is not Tensor or tensor.nbytes < LARGE:
         return tensor.clone()
     return in_large_pages(torch.empty_like(tensor)).copy_(tensor)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one block of memory of this process that may be written into."""
+    kind = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return kind and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_inference()
+
+
+def in_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a plain tensor: the same memory, and written to with it."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def copied_in_groups(tensors: Iterable[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    """(the bytes of some of these plain tensors, a copy of them one after the other): a few copies of many tensors.
+
+    The copies are large enough for large pages, and small enough for memory that was in use before.
+    """
+    groups: list[list[Tensor]] = []
+    size = _MOST
+    for flat in map(in_bytes, tensors):
+        size += len(flat)
+        if size > _MOST:
+            groups.append([])
+            size = len(flat)
+        groups[-1].append(flat)
+    rooms = [in_large_pages(torch.empty(sum(map(len, group)), dtype=torch.uint8, device="cpu")) for group in groups]
+    return [(group, torch.cat(group, out=room)) for group, room in zip(groups, rooms, strict=True)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, ParamSpec, TypeVar
@@ -19,7 +19,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from peftlite.core.room import cloned
+from peftlite.core.room import copied_in_groups, is_plain
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -108,9 +108,13 @@ def keep_all(mapping: dict[Any, Any]) -> None:
 
 def keep_values(*tensors: Tensor) -> None:
     """Note the numbers in tensors that are about to be written into."""
-    if _journal.steps is not None:
-        for tensor in tensors:
-            _journal.steps.append(partial(write, tensor, cloned(tensor)))
+    if _journal.steps is None:
+        return
+    plain = [tensor for tensor in tensors if is_plain(tensor)]
+    _journal.steps += [partial(_write_back, *copies) for copies in copied_in_groups(plain)]
+    for tensor in tensors:
+        if not is_plain(tensor):
+            _journal.steps.append(partial(write, tensor, tensor.detach().clone()))
 
 
 def put(mapping: dict[str, Any], key: str, value: Any) -> None:
@@ -133,6 +137,11 @@ def drop(mapping: dict[str, Any], key: str) -> None:
 def write(tensor: Tensor, values: Tensor) -> None:
     """Write numbers into a tensor."""
     tensor.copy_(values)
+
+
+def _write_back(pieces: Sequence[Tensor], joined: Tensor) -> None:
+    for piece, values in zip(pieces, torch.split(joined, [len(piece) for piece in pieces]), strict=True):
+        piece.copy_(values)
 
 
 def _put_back(mapping: dict[str, Any], key: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from peftlite.checkpoint.former import as_now
 from peftlite.checkpoint.hub import resolve
 from peftlite.checkpoint.keys import PREFIX, file_key, nearest_keys, shown, strip_adapter, unwrapped
 from peftlite.checkpoint.spots import spots
-from peftlite.checkpoint.state_dict import bare, is_finite, key_prefix
+from peftlite.checkpoint.state_dict import bare, key_prefix
 from peftlite.checkpoint.targets import BaseTarget, Targets, live_targets
 from peftlite.checkpoint.tensorfile import MemoryTensors, TensorInfo, TensorSource
 from peftlite.config import HubOptions, PeftConfig, config_from_dict
@@ -99,7 +99,9 @@ class VisibleSource(TensorSource, Protocol):
 
     def look(self, key: str) -> Tensor: ...
 
-    def read_into(self, key: str, tensor: Tensor) -> None: ...
+    def not_finite(self) -> str | None: ...
+
+    def read_into(self, places: Iterable[tuple[str, Tensor]]) -> None: ...
 
 
 @atomic
@@ -122,11 +124,10 @@ def swap(model: nn.Module, name: str, config: PeftConfig, source: VisibleSource)
             "prepared for: what is compiled will be compiled again. A larger `target_rank` in "
             "`prepare_model_for_compiled_hotswap` avoids that."
         )
+    keep_values(*(live for live, _ in copies))
+    source.read_into([(new, live) for live, new in copies if isinstance(new, str)])
     for live, new in copies:
-        keep_values(live)
-        if isinstance(new, str):
-            source.read_into(new, live)
-        else:
+        if not isinstance(new, str):
             write(live, new)
     for layer, suffix, tensor in replaced:
         layer.assign(name, suffix, tensor)
@@ -257,9 +258,8 @@ class Swap:
 
         Raises: CheckpointError for numbers that are not finite, or other values for the base model.
         """
-        for key in source.infos:
-            if not is_finite(source.look(key)):
-                raise CheckpointError(f"{shown(key)} has numbers that are not finite. Nothing was changed.")
+        if key := source.not_finite():
+            raise CheckpointError(f"{shown(key)} has numbers that are not finite. Nothing was changed.")
         for key, target in self.unmoved:
             seen = source.look(key)
             if target.own.shape != seen.shape or not torch.equal(target.own, seen.to(target.own)):

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftlite.core.room import LARGE, cloned, in_large_pages
+from peftlite.core import room
+from peftlite.core.room import LARGE, cloned, copied_in_groups, in_large_pages, is_plain
+from peftlite.core.transaction import atomic, keep_values
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -64,3 +66,52 @@ def test_a_clone_has_the_numbers_and_memory_of_its_own(
 
 def test_tensors_without_memory_are_cloned_as_torch_does() -> None:
     assert cloned(torch.empty(LARGE, device="meta")).is_meta
+
+
+def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
+    return {
+        "matrix": torch.randn(4, 3),
+        "number": torch.tensor(2.5),
+        "parameter": torch.nn.Parameter(torch.randn(5).bfloat16()),
+        "odd": torch.ones(3, dtype=torch.int8),
+        "none": torch.empty(0, 2),
+        "double": torch.randn(2).double(),
+        "complex": torch.randn(2, dtype=torch.complex64),
+        "turned": torch.randn(4, 3).t(),
+        "rows": torch.randn(4, 6)[:, :2],
+    }
+
+
+@pytest.mark.parametrize("most", [1, 40, 1 << 20])
+def test_copies_of_many_tensors_lie_in_few_groups(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_MOST", most)
+    plain = [tensor for tensor in tensors_of_all_kinds().values() if is_plain(tensor)]
+    groups = copied_in_groups(plain)
+    assert sum(len(group) for group, _ in groups) == len(plain) == 7
+    for group, copies in groups:
+        assert torch.equal(torch.cat(group), copies)
+        assert len(copies) <= most or len(group) == 1
+    assert len(groups) == {1: 7, 40: 3, 1 << 20: 1}[most]
+    flat = [one for group, _ in groups for one in group]
+    assert [one.data_ptr() for one in flat] == [tensor.data_ptr() for tensor in plain]
+
+
+@pytest.mark.parametrize("most", [1, 40, 1 << 20])
+def test_numbers_that_are_kept_come_back(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_MOST", most)
+    tensors = tensors_of_all_kinds()
+    before = {name: (tensor.detach().clone(), tensor._version) for name, tensor in tensors.items()}
+
+    @atomic
+    def spoil() -> None:
+        keep_values(*tensors.values())
+        with torch.no_grad():
+            for tensor in tensors.values():
+                tensor.fill_(7)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        spoil()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[name][0]), name
+        assert tensor._version > before[name][1] + (tensor.numel() > 0)  # to be spoilt, and to be put back

@@ -94,6 +94,13 @@ def alone() -> nn.Module:
     return model
 
 
+def with_other_numbers() -> nn.Module:
+    """Adapter `b` has other numbers than in its file."""
+    model = in_place()
+    scramble(model, "b", seed=9)
+    return model
+
+
 def tied() -> nn.Module:
     model = bare()
     model.head.weight = model.table.weight  # type: ignore[assignment, union-attr]
@@ -177,6 +184,7 @@ CASES: dict[str, Case] = {
         in_place, lambda m, f: peftlite.set_peft_model_state_dict(m, get_weights(m, "a"), "a")
     ),
     "hotswap_adapter": Case(in_place, lambda m, f: peftlite.hotswap_adapter(m, f / "d", "b")),
+    "hotswap into the tensors": Case(with_other_numbers, lambda m, f: peftlite.hotswap_adapter(m, f / "b", "b")),
     "prepare for hotswap": Case(
         alone, lambda m, f: peftlite.prepare_model_for_compiled_hotswap(m, target_rank=6, check_compiled="ignore")
     ),

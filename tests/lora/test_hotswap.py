@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -343,21 +343,48 @@ def test_a_file_that_is_cut_off_between_the_look_and_the_swap_changes_nothing(
 ) -> None:
     model, directory = llama(), saved(llama(seed=5), tmp_path)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    config, read, count = model.peft_config["default"], SafetensorsFile.read_into, []
+    config, read, filled = model.peft_config["default"], SafetensorsFile.read_into, []
 
-    def cut(self: SafetensorsFile, key: str, tensor: torch.Tensor) -> None:
-        count.append(key)
-        if len(count) == 3:
-            weights = directory / "adapter_model.safetensors"
-            os.truncate(weights, weights.stat().st_size // 2)
-        read(self, key, tensor)
+    def cut(self: SafetensorsFile, places: Iterable[tuple[str, Tensor]]) -> None:
+        fill = self._fill
+
+        def counted(flat: Tensor, begin: int, key: str) -> None:
+            filled.append(key)
+            if len(filled) == 3:
+                weights = directory / "adapter_model.safetensors"
+                os.truncate(weights, weights.stat().st_size // 2)
+            fill(flat, begin, key)
+
+        monkeypatch.setattr(self, "_fill", counted)
+        read(self, places)
 
     monkeypatch.setattr(SafetensorsFile, "read_into", cut)
     with pytest.raises(CheckpointError, match="was cut off while it was read"):
         hotswap_adapter(model, directory, "default")
-    assert len(count) >= 3  # two tensors were written by then
+    assert len(filled) >= 3  # two tensors were written by then
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert model.peft_config["default"] is config
+
+
+def test_a_file_that_is_written_to_between_the_look_and_the_swap_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, directory = llama(), saved(llama(seed=5), tmp_path)
+    weights = directory / "adapter_model.safetensors"
+    before, look = {key: t.clone() for key, t in model.state_dict().items()}, SafetensorsFile.not_finite
+
+    def spoil(self: SafetensorsFile) -> str | None:
+        found = look(self)
+        with weights.open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"\xff\xff\xff\xff")
+        os.utime(weights, ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(SafetensorsFile, "not_finite", spoil)
+    with pytest.raises(CheckpointError, match="was written to while it was read"):
+        hotswap_adapter(model, directory, "default")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
