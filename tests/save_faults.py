@@ -20,7 +20,7 @@ import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,20 @@ class Fault:
 
         return stepped
 
+    def in_halves(self, writev: Callable[..., int]) -> Callable[[int, Sequence[memoryview]], int]:
+        """Like a system that writes half of the first piece, again and again."""
+
+        def stepped(handle: int, pieces: Sequence[memoryview]) -> int:
+            self.step()
+            first = next((piece for piece in pieces if piece), pieces[0])
+            return writev(handle, [first[: -(-len(first) // 2)]])
+
+        return stepped
+
     def install(self) -> None:
         for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open"):
             setattr(os, name, self.around(getattr(os, name)))
+        os.writev = self.in_halves(os.writev)
         commit.open = lambda *args: Halves(open(*args), self)  # type: ignore[attr-defined]  # noqa: SIM115
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as save_bytes
 
 from peftlite import reading
-from peftlite.checkpoint import files, tensorfile
+from peftlite.checkpoint import files, tensorfile, tensorwriting
 from peftlite.checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from peftlite.errors import AdapterFilesNotFoundError, CheckpointError
 
@@ -134,6 +135,28 @@ def test_a_name_that_is_not_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not UTF-8"):
         write_adapter(tmp_path, TEXT, {"\ud800": torch.ones(1)})
     assert not (tmp_path / CONFIG_NAME).exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="writes piece by piece there")
+@pytest.mark.parametrize("at_once", [1, 7, 64, 1 << 20])
+def test_a_file_is_the_same_however_much_is_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    write_adapter(tmp_path / "plain", TEXT, MIXED)
+    writev, calls = os.writev, []
+
+    def some(handle: int, pieces: Sequence[memoryview]) -> int:
+        calls.append(len(pieces))
+        whole = b"".join(pieces)
+        return writev(handle, [whole[: min(len(whole), 5)]])
+
+    monkeypatch.setattr(os, "writev", some)
+    monkeypatch.setattr(tensorwriting, "CHUNK", at_once)
+    monkeypatch.setattr(tensorwriting, "_PIECES", 3)
+    write_adapter(tmp_path / "other", TEXT, MIXED)
+    weights = [(tmp_path / name / SAFETENSORS_WEIGHTS_NAME).read_bytes() for name in ("plain", "other")]
+    assert weights[0] == weights[1]
+    assert max(calls) == {1: 1, 7: 2, 64: 3, 1 << 20: 3}[at_once]
 
 
 def test_a_tensor_read_does_not_change_with_the_file(tmp_path: Path) -> None:

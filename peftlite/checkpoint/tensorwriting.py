@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, BinaryIO
 
 import torch
@@ -19,6 +21,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from peftlite.checkpoint.keys import shown
 from peftlite.checkpoint.tensorfile import CHUNK, CODES, METADATA, RANK, TensorInfo, bytes_of, swap_bytes
 from peftlite.errors import CheckpointError
+
+_PIECES = 512  # that one call of the system takes; 1024 on most
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
@@ -31,11 +35,41 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
     plain = {key: _plain(key, tensor) for key, tensor in tensors.items()}
     infos = laid_out({key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in plain.items()})
     header = header_of(infos, {"format": "pt", **dict(sorted((metadata or {}).items()))})
-    file.write(header)
-    for key in infos:
-        for chunk in chunks(plain.pop(key)):
-            file.write(chunk)
+    values = (chunk for key in infos for chunk in chunks(plain.pop(key)))
+    write_pieces(file, chain([memoryview(header)], values))
     return zlib.crc32(header[8:])
+
+
+def write_pieces(file: BinaryIO, pieces: Iterable[memoryview]) -> None:
+    """Write these at the end of a file, many in each call of the system, which then needs fewer pages to keep them."""
+    if sys.platform == "win32":
+        for piece in pieces:
+            file.write(piece)
+        return
+    file.flush()
+    batch: list[memoryview] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece)
+        if size >= CHUNK or len(batch) == _PIECES:
+            _write_batch(file.fileno(), batch)
+            batch, size = [], 0
+    _write_batch(file.fileno(), batch)
+
+
+def _write_batch(handle: int, pieces: Sequence[memoryview]) -> None:
+    while pieces:
+        pieces = _after(pieces, os.writev(handle, pieces))
+
+
+def _after(pieces: Sequence[memoryview], count: int) -> Sequence[memoryview]:
+    """What is left of these without their first bytes."""
+    for at, piece in enumerate(pieces):
+        if count < len(piece):
+            return [piece[count:], *pieces[at + 1 :]]
+        count -= len(piece)
+    return []
 
 
 def laid_out(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
