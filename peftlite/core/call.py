@@ -21,7 +21,8 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from peftlite.core.state import AdapterState
 from peftlite.core.variant import Program
@@ -99,12 +100,12 @@ def program_of(layer: Any, names: Sequence[str], programs: Programs) -> Program:
 
 def current() -> Call | None:
     """The Call under which the code now running was called (or, in a recomputation, was called at first)."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _mirror.call
     if _ever_logged and torch._C._current_graph_task_id() != -1:
         return _recall()
     call = _variable.get()
-    if call is None and not _mirror.made and torch.is_grad_enabled():
+    if call is None and not _mirror.made and is_grad_enabled():
         _mark_as_maker()
     return call
 

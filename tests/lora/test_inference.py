@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import peftlite
-from peftlite.tuners.lora import blocks
+from peftlite.tuners.lora import blocks, bound
 
 SIZE = 6
 
@@ -82,6 +82,8 @@ WRITES: dict[str, Callable[[Any], object]] = {
     "assigned": assigned,
     "in another dtype": in_float64,
     "the base's": lambda layer: layer.base_layer.weight.data.mul_(2),
+    "of the base's data": lambda layer: setattr(layer.base_layer.weight, "data", torch.randn(SIZE, SIZE)),
+    "the base's transposed": lambda layer: setattr(layer.base_layer.weight, "data", layer.base_layer.weight.data.t()),
     "another base weight": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.randn(SIZE, SIZE))),
 }
 
@@ -97,12 +99,32 @@ def test_writes_of_every_kind_are_seen(write: Callable[[Any], object]) -> None:
 
 
 @torch.no_grad()
-def test_old_base_weights_are_let_go_of() -> None:
+@pytest.mark.parametrize("light", [False, True], ids=["at once", "small ones with the next call"])
+def test_old_base_weights_are_let_go_of(light: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not light:
+        monkeypatch.setattr(bound, "_LIGHT", SIZE * SIZE - 1)
     layer, x = adapted(torch.float32), torch.randn(4, SIZE)
     layer(x)
     held = StorageWeakRef(layer.base_layer.weight.untyped_storage())
     layer.base_layer.weight.data = torch.randn(SIZE, SIZE)
+    assert held.expired() is not light
+    layer(x)
     assert held.expired()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_traced_code_has_the_parameters_as_parameters(dtype: torch.dtype) -> None:
+    layer, x = adapted(dtype), torch.randn(1, 4, SIZE).to(dtype)
+    layer(x)
+    traced = torch.jit.trace(layer, x)
+    near(traced(x), layer(x))
+    for model in (layer, traced):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone().mul_(3)
+    many = torch.randn(2, 5, SIZE).to(dtype)
+    near(traced(many), layer(many))
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _is_any_autocast_enabled
 from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 
@@ -125,14 +125,19 @@ class Parts:
         return any(self.hooks) or any(map(contains, self.own, repeat("forward")))
 
 
-Views = tuple[Tensor, Tensor, Tensor, Tensor]
-"""A, B, A^T and B^T without gradients: views, which see every write to the parameters; copies would not."""
+Views = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"]
+"""A, B, A^T, B^T, W, W^T without gradients: views, which see every write to the parameters; copies would not."""
+
+_LIGHT = 1 << 14  # elements of a base weight that may outlive its parameter for as long as no call comes
 
 
-def views_of(A: Tensor, B: Tensor) -> Views:
-    """For as long as both parameters are what they are set to now."""
-    a, b = A.detach(), B.detach()
-    return a, b, a.t(), b.t()
+def views_of(A: Tensor, B: Tensor, W: Tensor) -> Views:
+    """For as long as the parameters are what they are set to now; None in the place of a weight that is not light.
+
+    Nor do other devices than a CPU get W's: their `linear` may be another kernel than `addmm`, with other last bits.
+    """
+    a, b, w = A.detach(), B.detach(), W.detach() if W.is_cpu and W.numel() <= _LIGHT else None
+    return a, b, a.t(), b.t(), w, None if w is None else w.t()
 
 
 class BoundLinear:
@@ -170,7 +175,7 @@ class BoundLinear:
         bias, dropout = self.pw["bias"], self.dropout
         p = dropout.p if dropout is not None and dropout.training else 0.0
         wanted = is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad or W.requires_grad)
-        by_torch = is_compiling() or _are_functorch_transforms_active()
+        by_torch = is_compiling() or _are_functorch_transforms_active() or _get_tracing_state() is not None
         if p or wanted or by_torch:
             # with dropout, nothing here depends on `wanted`: a recomputation with gradients must draw the same mask
             if by_torch or W.requires_grad or p >= 1 or is_small(x):
@@ -178,22 +183,27 @@ class BoundLinear:
             how = How(self.s, p, W.dtype if self.in_base_dtype else A.dtype, self.seeded)
             return FusedLora.apply(x, W, bias, A, B, how)  # type: ignore[no-untyped-call]
         views = self.views  # one tuple, read once: threads share this object
-        if views is None or not (A.is_set_to(views[0]) and B.is_set_to(views[1])):
-            views = self.views = views_of(A, B)
+        if (
+            views is None
+            or not (A.is_set_to(views[0]) and B.is_set_to(views[1]))
+            or not (views[4] is None or W.is_set_to(views[4]))
+        ):
+            views = self.views = views_of(A, B, W)
+        _, _, At, Bt, _, Wt = views
         shape = x.shape
         flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-        y = F.linear(flat, W, bias)
+        y = F.linear(flat, W, bias) if Wt is None or bias is None else torch.addmm(bias, flat, Wt)  # the same bits
         if A.dtype is y.dtype:
-            y.addmm_(torch.mm(flat, views[2]), views[3], alpha=self.s)
+            y.addmm_(torch.mm(flat, At), Bt, alpha=self.s)
         else:
             self.add_cast(y, flat, A, views)
-        if len(shape) == 3:  # the most frequent; each dimension as an argument is the cheapest
-            return y.view(shape[0], shape[1], y.shape[1])
+        if len(shape) == 3:  # the most frequent; in place, and each dimension as an argument, is the cheapest
+            return y.resize_(shape[0], shape[1], y.shape[1])
         return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
 
     def add_cast(self, y: Tensor, x: Tensor, A: Tensor, views: Views) -> None:
         """Add s B A x to y, where A has another dtype: y (rows, out), x (rows, in)."""
-        _, _, At, Bt = views
+        _, _, At, Bt, _, _ = views
         if self.in_base_dtype and len(x) > len(A):  # with fewer rows, casting the factors is the more work
             y.addmm_(torch.mm(x, At.to(x.dtype)), Bt.to(x.dtype), alpha=self.s)
         elif is_large(x) or is_large(y) or A.dtype.itemsize <= y.dtype.itemsize:
