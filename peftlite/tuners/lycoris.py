@@ -16,6 +16,7 @@ from peftlite.core.hosts import ConvHost, Host, LinearHost
 from peftlite.core.slots import Slot, View
 from peftlite.core.targets import match_pattern
 from peftlite.core.variant import Additive, Placement, Program, TunerSpec, register
+from peftlite.tuners import draws
 from peftlite.tuners.fields import check_probability, check_targets
 
 NUMBERS = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
@@ -124,8 +125,7 @@ def effective(kernel: list[int], config: LycorisConfig) -> tuple[int, ...] | Non
 
 def uniform(shape: tuple[int, ...], at: Placement) -> Tensor:
     """U(-1/sqrt(n), 1/sqrt(n)), where n is the size of one row."""
-    bound = 1 / math.sqrt(math.prod(shape[1:]))
-    return torch.empty(shape, dtype=at.dtype, device=at.device).uniform_(-bound, bound)
+    return draws.uniform(shape, 1 / math.sqrt(math.prod(shape[1:])), at)
 
 
 def through(A: Tensor, T: Tensor, B: Tensor) -> Tensor:

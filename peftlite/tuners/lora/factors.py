@@ -23,6 +23,7 @@ from peftlite.core.hosts import (
 from peftlite.core.lean import IDENTITIES, Linear
 from peftlite.core.slots import View
 from peftlite.core.variant import Placement
+from peftlite.tuners import draws
 from peftlite.tuners.lora.config import LoraConfig
 from peftlite.tuners.lora.inits.table import beginning
 from peftlite.tuners.lora.structured import Structured
@@ -110,10 +111,8 @@ def _(host: LinearHost, config: LoraConfig, path: str) -> str | None:
 def _(host: LinearHost, r: int, at: Placement) -> dict[str, Any]:
     out, into = host.shape
     config: LoraConfig = at.config
-    A = uniform((r, into), into, at)
+    A = first_factor((r, into), into, r, at)
     B = uniform((out, r), r, at) if config.init_lora_weights is False else zeros((out, r), at)
-    if config.init_lora_weights == "gaussian":
-        A.normal_(std=1 / r)
     bias = None
     if config.lora_bias:
         bias = uniform((out,), r, at) if config.init_lora_weights is False else zeros((out,), at)
@@ -192,9 +191,7 @@ def _(host: ConvHost, r: int, at: Placement) -> dict[str, Any]:
     fan_in = conv.in_channels * math.prod(conv.kernel_size)
     start = config.init_lora_weights
     with torch.no_grad():
-        A.weight.copy_(uniform(tuple(A.weight.shape), fan_in, at))
-        if start == "gaussian":
-            A.weight.normal_(std=1 / r)
+        A.weight.copy_(first_factor(tuple(A.weight.shape), fan_in, r, at))
         for part in (B.weight, B.bias):
             if part is not None:
                 part.copy_(uniform(tuple(part.shape), r // conv.groups, at)) if start is False else part.zero_()
@@ -257,10 +254,8 @@ def _(host: ParamHost, r: int) -> int:
 def _(host: ParamHost, r: int, at: Placement) -> dict[str, Any]:
     *batch, out, into = host.shape
     wide = r * math.prod(batch)
-    A = uniform((wide, into), into, at)
+    A = first_factor((wide, into), into, r, at)
     B = uniform((out, wide), r, at) if at.config.init_lora_weights is False else zeros((out, wide), at)
-    if at.config.init_lora_weights == "gaussian":
-        A.normal_(std=1 / r)
     made = {"lora_A": Linear(A), "lora_B": Linear(B)}
     begin = beginning(at.config.init_lora_weights)
     return made if begin is None else begin.fill(made, host, at)
@@ -321,9 +316,14 @@ def product(host: Host, A: Tensor, B: Tensor, rows: slice) -> Tensor:
 
 def uniform(shape: tuple[int, ...], fan_in: int, at: Placement) -> Tensor:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initialisation of `nn.Linear`."""
-    bound = 1 / math.sqrt(fan_in)
-    made = torch.empty(shape, dtype=at.dtype, device=at.device)
-    return made if made.is_meta else made.uniform_(-bound, bound)  # torch takes its time to draw nothing
+    return draws.uniform(shape, 1 / math.sqrt(fan_in), at)
+
+
+def first_factor(shape: tuple[int, ...], fan_in: int, r: int, at: Placement) -> Tensor:
+    """What A begins with: as `uniform`, or N(0, 1/r) for `init_lora_weights="gaussian"`."""
+    if at.config.init_lora_weights != "gaussian" or at.device.type == "meta":
+        return uniform(shape, fan_in, at)
+    return torch.empty(shape, dtype=at.dtype, device=at.device).normal_(std=1 / r)
 
 
 def zeros(shape: tuple[int, ...], at: Placement) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from peftlite.core.hosts import Host, LinearHost
 from peftlite.core.targets import contains_any
 from peftlite.core.variant import Placement
+from peftlite.tuners import draws
 from peftlite.tuners.lora.config import LoraConfig
-from peftlite.tuners.lora.factors import uniform, zeros
+from peftlite.tuners.lora.factors import first_factor, uniform, zeros
 from peftlite.tuners.lora.options import BdLoraConfig
 from peftlite.tuners.lora.plain import Lora
 from peftlite.tuners.lora.structured import BlockDiagonalLinear, PooledLinear
@@ -51,8 +50,7 @@ class Blocks(Lora):
         r, n, (out, into) = values["r"], asked.nblocks, host.shape
         for side in self.sides(asked, at.path):
             if side == "A":
-                A = torch.empty((r, into // n), dtype=at.dtype, device=at.device)
-                A.uniform_(-math.sqrt(6 * n / into), math.sqrt(6 * n / into))
+                A = draws.uniform((r, into // n), math.sqrt(6 * n / into), at)
                 values["lora_A"] = BlockDiagonalLinear(A, n)
             else:
                 random_B = config.init_lora_weights is False
@@ -86,9 +84,7 @@ class Pooled(Lora):
         values = super().init(host, at)
         config: LoraConfig = at.config
         r, groups = values["r"], host.shape[1] // config.qalora_group_size
-        A = uniform((r, groups), groups, at)
-        if config.init_lora_weights == "gaussian":
-            A.normal_(std=1 / r)
+        A = first_factor((r, groups), groups, r, at)
         return {**values, "lora_A": PooledLinear(A, config.qalora_group_size)}
 
     def size(self, host: Host, config: Any, path: str) -> tuple[int | None, int]:
