@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import NamedTuple
 
 from torch import nn
@@ -39,6 +40,7 @@ def spots(
             coming.setdefault(id(site.module), []).insert(0, site)  # a later one goes around an earlier one
         else:
             joined[id(layer)] = site
+    instead = instead if planned is None else planned.instead
     seen: set[int] = set()
     stack = [Spot("", base)]
     while stack:
@@ -54,14 +56,14 @@ def spots(
         if isinstance(module, AdapterLayer):
             holds = name in module.variants or id(module) in joined
             if holds:
-                yield spot._replace(site=joined.get(id(module)))
+                yield spot._replace(site=joined[id(module)]) if id(module) in joined else spot
             path = joined_path(spot.path, base_in_files(module.tuner)) if holds else spot.path
             adapted = holds and adapts(module.tuner)
             stack.append(Spot(path, module.wrapped, None, module, adapted or spot.adapted))
             continue
         yield spot
-        below = children(module, instead if planned is None else planned.instead)
-        stack.extend(Spot(joined_path(spot.path, child), inner) for child, inner in reversed(below))
+        for child, inner in reversed(children(module, instead)):
+            stack.append(Spot(joined_path(spot.path, child), inner))
 
 
 def joined_path(path: str, name: str) -> str:
@@ -71,11 +73,13 @@ def joined_path(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+@cache
 def is_companion(tuner: TunerSpec) -> bool:
     """Whether a tuner comes along with others."""
     return any(companion.tuner is tuner for companion in COMPANIONS.values())
 
 
+@cache
 def is_whole(tuner: TunerSpec) -> bool:
     """Whether a tuner's layers hold whole modules rather than adapters."""
     return any(companion.tuner is tuner and companion.whole for companion in COMPANIONS.values())

@@ -99,9 +99,9 @@ def adapter_tensors(
     state = state_of(model)
     state.checked(name)
     config, base = state.configs[name], base_model_of(model)
-    walked = list(spots(base, name))
-    targets = live_targets(base, name, config, walked)
-    tables = saved_tables(base, walked, config, save_embedding_layers)
+    walked, facts = list(spots(base, name)), facts_of(base)
+    targets = live_targets(base, name, config, walked, facts)
+    tables = saved_tables(base, walked, config, save_embedding_layers, facts)
     chosen: dict[str, Tensor] = {}
     for key, target in targets.places.items():
         if isinstance(target, LayerTarget | SharedTarget):
@@ -125,11 +125,12 @@ def second_copies(walked: Iterable[Spot], name: str) -> Iterator[tuple[str, Tens
                     yield file_key(f"{spot.path}.{layer.tuner.slots[0].name}", suffix), tensor
 
 
-def saved_tables(base: nn.Module, walked: Iterable[Spot], config: Any, choice: bool | str) -> set[int]:
+def saved_tables(
+    base: nn.Module, walked: Iterable[Spot], config: Any, choice: bool | str, facts: ModelFacts
+) -> set[int]:
     """The embeddings of the base model whose own tensors belong into the file, by id."""
     if choice is False:
         return set()
-    facts = facts_of(base)
     known = tables_of(facts)
     tables = [spot for spot in walked if id(spot.module) in known]
     adapted = [spot for spot in tables if spot.adapted]

@@ -104,7 +104,12 @@ class LayerTarget(Target):
     name: str
     suffix: str
     tensor: Tensor
-    wanted: Wanted
+    rank: int | None
+    rows: int | None
+
+    @property
+    def wanted(self) -> Wanted:  # type: ignore[override]
+        return _wanted(self.tensor, self.rank, self.rows)
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -145,10 +150,12 @@ class SharedTarget(Target):
             _copy(self.tensor, new)
 
 
-def live_targets(model: nn.Module, name: str, config: Any, walked: Iterable[Spot] | None = None) -> Targets:
+def live_targets(
+    model: nn.Module, name: str, config: Any, walked: Iterable[Spot] | None = None, facts: ModelFacts | None = None
+) -> Targets:
     """The places in the adapter `name` of a model.
 
-    walked: its spots, if they are known.
+    walked: its spots, if they are known; facts: likewise.
     """
     base, found = base_model_of(model), Targets()
     state = find_state(base)
@@ -158,20 +165,20 @@ def live_targets(model: nn.Module, name: str, config: Any, walked: Iterable[Spot
             found.ignored.add(key)
             if container.in_files(name):
                 found.places[key] = SharedTarget(container, name, tensor, _wanted(tensor))
-    bias, tables = bias_of(config), tables_of(facts_of(base))
+    bias, tables = bias_of(config), tables_of(facts or facts_of(base))
     for spot in spots(base, name) if walked is None else walked:
         layer = spot.module
         if isinstance(layer, AdapterLayer):
-            found.slots.update(slot.name for slot in layer.tuner.slots)
-            if name in layer.leaders and not layer.tuner.followers_in_files:
+            tuner = layer.tuner
+            found.slots.update([slot.name for slot in tuner.slots])
+            if name in layer.leaders and not tuner.followers_in_files:
                 continue
-            rank = layer.__dict__["r"].get(name) if "r" in layer.tuner.numbers else None
-            rows, whole = tables.get(id(layer.get_base_layer())), is_whole(layer.tuner)
+            rank = layer.__dict__["r"].get(name) if "r" in tuner.numbers else None
+            rows, whole = tables.get(id(layer.get_base_layer())), is_whole(tuner)
             for suffix, tensor in layer.tensors(name).items():
-                wanted = _wanted(tensor, rank, rows)
-                found.places[file_key(spot.path, suffix)] = LayerTarget(layer, name, suffix, tensor, wanted)
+                found.places[file_key(spot.path, suffix)] = LayerTarget(layer, name, suffix, tensor, rank, rows)
                 if whole:
-                    found.ignored.update(_second_copies(spot.path, suffix, layer.tuner))
+                    found.ignored.update(_second_copies(spot.path, suffix, tuner))
         else:
             found.places.update(base_targets(spot, bias, tables))
     return found
@@ -304,7 +311,9 @@ def is_on_meta(value: Any) -> bool:
     """Whether a value holds a tensor without memory."""
     if isinstance(value, nn.Module):
         own = (*value._parameters.values(), *value._buffers.values())
-        return any(map(is_on_meta, own)) or any(map(is_on_meta, value._modules.values()))
+        return any([tensor.is_meta for tensor in own if tensor is not None]) or any(
+            map(is_on_meta, value._modules.values())
+        )
     return isinstance(value, Tensor) and value.is_meta
 
 
