@@ -31,7 +31,7 @@ def activate(
     touched = {*state.active, *names}
     state.change(active=names)
     found = list(layers(model)) if found is None else found
-    for layer in found:
+    for layer in [one for one in found if one._own_active is not None or one._own_enabled is not None]:
         if layer.irregular:
             touched.update(layer.variants)
         layer.clear_overrides()
@@ -75,9 +75,7 @@ def plan_programs(found: nn.Module | Sequence[AdapterLayer], state: AdapterState
     if plan is None:
         found = list(layers(found)) if isinstance(found, nn.Module) else found
         plan = {layer.place: layer.program(names) for layer in found}
-        if len(state.plans) >= _MAX_PLANS:
-            state.plans.clear()
-        state.plans[names] = plan
+        state.keep_plan(state.plans, names, plan, _MAX_PLANS)
     return plan
 
 
@@ -86,9 +84,7 @@ def plan_banks(model: nn.Module, state: AdapterState, names: tuple[str, ...]) ->
     banks = state.banks.get(names)
     if banks is None:
         banks = {layer.place: layer.bank(names) for layer in layers(model)}
-        if len(state.banks) >= _MAX_BANKS:
-            state.banks.clear()
-        state.banks[names] = banks
+        state.keep_plan(state.banks, names, banks, _MAX_BANKS)
     return banks
 
 

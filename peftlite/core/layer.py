@@ -164,15 +164,17 @@ class AdapterLayer(TiedLayer):
 
     def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
         """The trainable parameters of one adapter on this layer."""
-        found: list[nn.Parameter] = []
-        containers: Any = self._modules
+        return iter([parameter for held in self.trained(name) for parameter in parameters_in(held[name])])
+
+    def trained(self, name: str) -> Iterator[dict[str, Any]]:
+        """What slots hold, by adapter, where one adapter has something that trains."""
+        modules: Any = self._modules
         for slot in self.used:
-            held = containers[slot.name].held
+            held = modules[slot.name].held
             if slot.trainable and name in held and slot.name not in self.variants[name].frozen:
-                found += parameters_in(held[name])
+                yield held
         if name in self.leaders:
-            found += self.leaders[name].parameters_of(name)
-        return iter(found)
+            yield from self.leaders[name].trained(name)
 
     def follow(self, name: str, variant: Variant, leader: AdapterLayer) -> None:
         """Attach an adapter that another layer on the same weight has."""
@@ -183,10 +185,12 @@ class AdapterLayer(TiedLayer):
     def tensors(self, name: str) -> dict[str, Tensor]:
         """File suffix -> live tensor of one adapter, such as {"lora_A.weight": ..., "lora_B.weight": ...}."""
         found: dict[str, Tensor] = {}
+        modules: Any = self._modules
         for slot in self.used:
-            container = self.container(slot.name)
-            if name in container:
-                found.update((suffix, tensor) for suffix, _, tensor in slot.suffixes(container[name]))
+            held = modules[slot.name].held
+            if name in held:
+                for suffix, _, tensor in slot.suffixes(held[name]):
+                    found[suffix] = tensor
         return found
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
@@ -284,20 +288,19 @@ class AdapterLayer(TiedLayer):
         if self.host.weight_only:
             return partial(self._near, Edited(self, names))
         views = [View(self, name) for name in self.live(names)]
-        call: Program = self.wrapped
-        for view in views:
-            call = partial(self.variants[view.name].forward, view, call)
-        call = partial(self._near, call) if views else call
-        return self._bound(views, call) or call
-
-    def _bound(self, views: Sequence[View], slow: Program) -> Program | None:
-        """A faster program than `slow` for these adapters, if their variant has one."""
+        if not views:
+            return self.wrapped
         variants = [self.variants[view.name] for view in views]
+        call: Program = self.wrapped
+        for view, variant in zip(views, variants, strict=True):
+            call = partial(variant.forward, view, call)
+        slow = partial(self._near, call)
+        fast: Program | None = None
         if len(views) == 1:
-            return variants[0].bind(views[0], slow)
-        if len({type(variant) for variant in variants}) == 1:
-            return variants[0].bind_several(views, slow)
-        return None
+            fast = variants[0].bind(views[0], slow)
+        elif len({type(variant) for variant in variants}) == 1:
+            fast = variants[0].bind_several(views, slow)
+        return fast or slow
 
     def bank(self, names: Sequence[str]) -> Bank | None:
         """What runs rows of these adapters together, if possible; of the base layer, where it has none of a name."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class Lean(nn.Module):
 
 _FRESH: Final = vars(nn.Module())
 _OF_CALLS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_hooks: Final = itemgetter(*_OF_CALLS)
 _HELD: Final = ("_parameters", "_buffers", "_modules")
 _AT_ONCE: Final = {k: v for k, v in _FRESH.items() if not isinstance(v, (dict, set))}
 for _name, _value in _FRESH.items():
@@ -70,9 +72,13 @@ class Identity(Lean, nn.Identity):
 
 def hooks_of_calls(attributes: Iterable[dict[str, Any]]) -> list[dict[int, Any]]:
     """The hooks that calls of modules with these attributes look for: four dicts each, whichever kind they are of."""
-    return [
-        own[kind] if kind in own else own.setdefault(kind, OrderedDict()) for own in attributes for kind in _OF_CALLS
-    ]
+    found: list[dict[int, Any]] = []
+    for own in attributes:
+        for kind in _OF_CALLS:
+            if kind not in own:
+                own.setdefault(kind, OrderedDict())
+        found += _hooks(own)
+    return found
 
 
 LINEARS: Final = (Linear, nn.Linear)

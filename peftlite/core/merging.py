@@ -59,8 +59,11 @@ class MergingLayer(ScalingLayer):
     @property
     def host(self) -> Host:
         """The host of the base layer, made anew when the base layer was replaced."""
-        base = self.get_base_layer()
-        host: Host | None = self.__dict__.get("_host")
+        own = self.__dict__
+        base: Any = own["_modules"][own["tuner"].base_slot]
+        if isinstance(base, MergingLayer):
+            base = base.get_base_layer()
+        host: Host | None = own.get("_host")
         if host is None or host.layer is not base:
             host = ParamHost(base, self.param) if self.param is not None else host_for(base) or ModuleHost(base)
             self.__dict__["_host"] = host

@@ -188,26 +188,26 @@ class Slot(NamedTuple):
     derived: bool = False
     shared: bool = False
 
-    def suffixes(self, value: SlotValue) -> Iterator[tuple[str, str, Tensor]]:
+    def suffixes(self, value: SlotValue) -> list[tuple[str, str, Tensor]]:
         """(file suffix, attribute inside the value or "", tensor) of what `value` has in a layer's part of a file."""
         if self.derived or self.shared:
-            return
+            return []
         prefix = self.name if self.file_name is None else self.file_name
         if isinstance(value, Tensor):
-            yield prefix, "", value
-            return
-        for attribute, tensor in state_of_module(value):
-            yield (prefix if self.bare else f"{prefix}.{attribute}".lstrip(".")), attribute, tensor
+            return [(prefix, "", value)]
+        begin = f"{prefix}." if prefix else ""
+        return [(prefix if self.bare else begin + key, key, tensor) for key, tensor in state_of_module(value)]
 
 
 def state_of_module(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     """What `module.state_dict(keep_vars=True)` has, without its cost for the usual module that has parameters only."""
+    own = module.__dict__
     plain = type(module)._save_to_state_dict is nn.Module._save_to_state_dict
-    hooked = any(map(module.__dict__.get, ("_state_dict_hooks", "_state_dict_pre_hooks")))
-    if module._modules or module._buffers or hooked or not plain:
+    hooked = own.get("_state_dict_hooks") or own.get("_state_dict_pre_hooks")
+    if own["_modules"] or own["_buffers"] or hooked or not plain:
         found: Iterable[tuple[str, Tensor]] = module.state_dict(keep_vars=True).items()
         return found
-    return [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
+    return [(name, tensor) for name, tensor in own["_parameters"].items() if tensor is not None]
 
 
 def set_mode(module: nn.Module, training: bool) -> None:
@@ -273,6 +273,47 @@ def parameters_in(value: SlotValue | None) -> Iterable[nn.Parameter]:
     if isinstance(value, nn.Module):
         return value.parameters() if value._modules else [p for p in value._parameters.values() if p is not None]
     return (value,) if isinstance(value, nn.Parameter) else ()
+
+
+class Trained(NamedTuple):
+    """Where one adapter's trainable parameters are: the dicts that hold them, in which `.to()` and loading put others.
+
+    That a slot has another module now is what `Watched` says; it is collected again then.
+    """
+
+    name: str
+    of_modules: list[dict[str, Any]]
+    """The parameters of modules without others in them."""
+    below: list[dict[str, Any]]
+    """What these have of others: nothing, until a parametrisation moves parameters there."""
+    of_slots: list[dict[str, Any]]
+    """By adapter."""
+    larger: list[nn.Module]
+    """All other modules."""
+
+    @classmethod
+    def of(cls, name: str, slots: Iterable[dict[str, Any]]) -> Trained:
+        """Of what slots hold, by adapter."""
+        found = cls(name, [], [], [], [])
+        for held in slots:
+            value = held[name]
+            if isinstance(value, nn.Module) and value._modules:
+                found.larger.append(value)
+            elif isinstance(value, nn.Module):
+                found.of_modules.append(value._parameters)
+                found.below.append(value._modules)
+            elif isinstance(value, nn.Parameter):
+                found.of_slots.append(held)
+        return found
+
+    def parameters(self) -> list[nn.Parameter] | None:
+        """What is there now; None if these are not all any more."""
+        if any(self.below):
+            return None
+        found = [p for held in self.of_modules for p in held.values() if p is not None]
+        found += [held[self.name] for held in self.of_slots if self.name in held]
+        found += [p for module in self.larger for p in module.parameters()]
+        return found
 
 
 def replace_tensor(container: SlotContainer, name: str, attribute: str, tensor: Tensor) -> None:

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 from torch import nn
 
 from peftlite.config import PeftConfig
-from peftlite.core.slots import BufferSlot
+from peftlite.core.slots import BufferSlot, Trained
 from peftlite.core.transaction import drop, keep, on_failure, put
 from peftlite.errors import AdapterNameError, ConfigError, nearest
 
 BASE = "__base__"
-Turned = list[tuple[nn.Parameter, bool]]
+Turned = list[tuple[list[nn.Parameter], bool]]
 """Parameters whose `requires_grad` was written, and what it became."""
 
 
@@ -25,6 +25,8 @@ class Owner(Protocol):
     def _own_active(self) -> tuple[str, ...] | None: ...
 
     def parameters_of(self, name: str) -> Iterator[nn.Parameter]: ...
+
+    def trained(self, name: str) -> Iterator[dict[str, Any]]: ...
 
 
 class AdapterState:
@@ -47,6 +49,10 @@ class AdapterState:
         """For a set of adapters, what each layer runs, by its place."""
         self.banks: dict[tuple[str, ...], dict[int, Any]] = {}
         """What runs rows of several adapters together, likewise."""
+        self.planned: set[str | None] = set()
+        """The adapters that any of those may be for."""
+        self.trained: dict[str, tuple[list[Owner], Trained]] = {}
+        """Adapter -> where its parameters are, on which layers."""
         self.version = object()
         """Another one whenever something was changed that plans follow from."""
         self.replicas: Any = None
@@ -62,7 +68,7 @@ class AdapterState:
         self._next_id = 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}, "banks": {}}
+        return {**self.__dict__, "plans": {}, "banks": {}, "planned": set(), "trained": {}}
 
     # ---- adapters
     def add(self, name: str, config: PeftConfig, trainable: bool) -> None:
@@ -111,13 +117,29 @@ class AdapterState:
 
         With one that is not known yet, nothing was.
         """
-        if name is not None and name not in self.configs and not self.mixing:
-            return
-        for derived in (self.plans, self.banks):
-            for names in list(derived):
-                if name is None or name in names or not self.mixing.isdisjoint(names):
-                    del derived[names]
+        if name is None:
+            self.trained.clear()
+        else:
+            self.trained.pop(name, None)  # also of one that is gone, as a call that added it was taken back
+            if name not in self.configs and not self.mixing:
+                return
+        if name is None or self.mixing or name in self.planned:
+            for derived in (self.plans, self.banks):
+                for names in list(derived):
+                    if name is None or name in names or not self.mixing.isdisjoint(names):
+                        del derived[names]
+            self.planned.discard(name)
         self.version = object()
+
+    def keep_plan(
+        self, derived: dict[tuple[str, ...], dict[int, Any]], names: tuple[str, ...], made: Any, most: int
+    ) -> None:
+        """Keep what was derived for a set of adapters, of at most so many sets."""
+        if len(derived) >= most:
+            derived.clear()
+        self.planned.update(names)
+        derived[names] = made
+        self.planned.update(names)  # another thread may have forgotten it in between
 
     # ---- requires_grad
     def wants_grad(self, name: str, active: Iterable[str] | None = None) -> bool:
@@ -128,15 +150,26 @@ class AdapterState:
         self, layers: Iterable[Owner], names: Iterable[str], biases: Iterable[tuple[str, nn.Parameter]] = ()
     ) -> None:
         """Write `requires_grad` for the adapters `names` on `layers`, and for base biases owned by an adapter."""
-        usual = [(name, self.wants_grad(name)) for name in names]
-        turned: Turned = []
+        found, names, turned = list(layers), list(names), Turned()
         on_failure(partial(_turn_back, turned))
-        for layer in layers:
-            own = layer._own_active
-            for name, wanted in usual if own is None else [(name, self.wants_grad(name, own)) for name, _ in usual]:
-                flag(layer.parameters_of(name), wanted, turned)
+        irregular = any([layer._own_active is not None for layer in found])
+        for name in names:
+            if not irregular:
+                flag(self.parameters_on(found, name), self.wants_grad(name), turned)
+                continue
+            for layer in found:
+                flag(layer.parameters_of(name), self.wants_grad(name, layer._own_active), turned)
         for owner, parameter in biases:
             flag((parameter,), self.wants_grad(owner), turned)
+
+    def parameters_on(self, layers: list[Owner], name: str) -> list[nn.Parameter]:
+        """The trainable parameters of an adapter; where they are is kept until something changes there."""
+        known = self.trained.get(name)
+        if known is not None and known[0] == layers and (found := known[1].parameters()) is not None:
+            return found
+        trained = Trained.of(name, [held for layer in layers for held in layer.trained(name)])
+        self.trained[name] = layers, trained
+        return trained.parameters() or []
 
 
 def check_adapter_name(name: str, taken: Sequence[str] | Iterable[str] = ()) -> None:
@@ -166,15 +199,16 @@ def freeze(model: nn.Module) -> None:
 
 def flag(parameters: Iterable[nn.Parameter], wanted: bool, turned: Turned) -> None:
     """Write `requires_grad`, and note those where it was another, to be taken back."""
-    for parameter in parameters:
-        if parameter.requires_grad is not wanted:
-            turned.append((parameter, wanted))
-            parameter.requires_grad_(wanted)
+    others = [parameter for parameter in parameters if parameter.requires_grad is not wanted]
+    turned.append((others, wanted))
+    for parameter in others:
+        parameter.requires_grad = wanted
 
 
 def _turn_back(turned: Turned) -> None:
-    for parameter, wanted in reversed(turned):
-        parameter.requires_grad_(not wanted)
+    for parameters, wanted in reversed(turned):
+        for parameter in parameters:
+            parameter.requires_grad = not wanted
 
 
 def check_bias_owner(state: AdapterState, config: PeftConfig) -> None:

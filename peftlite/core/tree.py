@@ -43,7 +43,8 @@ NOTHING: Final[Mapping[int, nn.Module]] = MappingProxyType({})
 
 def children(module: nn.Module, instead: Mapping[int, nn.Module] = NOTHING) -> list[tuple[str, nn.Module]]:
     """The children of a module by name. instead: id of a module -> what to see in its place."""
-    return [(name, instead.get(id(child), child)) for name, child in module._modules.items() if child is not None]
+    found = [(name, child) for name, child in module._modules.items() if child is not None]
+    return [(name, instead.get(id(child), child)) for name, child in found] if instead else found
 
 
 def places(
@@ -81,11 +82,13 @@ def layers(model: nn.Module) -> Iterator[AdapterLayer]:
         if id(module) in seen:
             continue
         seen.add(id(module))
+        below = module._modules
         if isinstance(module, AdapterLayer):
             yield module
-            stack.append(module.wrapped)
-        else:
-            stack.extend(child for child in reversed(module._modules.values()) if child is not None and child._modules)
+            below = {"": below[module.tuner.base_slot]}
+        for child in reversed(below.values()):
+            if child is not None and child._modules:  # most have no children, and are not looked at again
+                stack.append(child)
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:

@@ -100,6 +100,17 @@ def test_the_work_does_not_grow_with_the_number_of_adapters(name: str, tmp_path:
     assert found[2] <= found[1] + (MANY - FEW), f"{name}: {found[1]} calls with {FEW} adapters, {found[2]} with {MANY}"
 
 
+def test_programs_that_others_have_are_not_looked_through_when_an_adapter_goes() -> None:
+    model = crowd(MANY)
+    found: list[int] = []
+    for used in ([], [f"n{k}" for k in range(MANY)]):
+        for name in [*used, "n0"]:
+            model.set_adapter(name)
+        model.add_adapter("new", peftlite.LoraConfig(**LORA))
+        found.append(calls(lambda: model.delete_adapter("new")))
+    assert found[1] <= found[0] + 5, f"{found[0]} calls, and {found[1]} with {MANY} adapters that were in use"
+
+
 def test_a_plan_walks_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
     walks = []
 

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -100,3 +101,35 @@ def test_an_adapter_that_is_not_in_use_has_no_dicts_for_hooks() -> None:
     layer: Any = model.base_model.model[0]
     for slot in (layer.lora_A, layer.lora_B, layer.lora_dropout):
         assert not [name for name in vars(slot["b"]) if name.endswith(("hooks", "_set"))]
+
+
+def bound() -> Any:
+    config = peftlite.LoraConfig(r=2, target_modules=["0"], lora_dropout=0.1)
+    return peftlite.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).eval().base_model.model[0]
+
+
+MADE: dict[str, Callable[[nn.Module], object]] = {
+    "not yet": lambda module: None,
+    "by a call": lambda module: module(torch.randn(2, getattr(module, "in_features", 4))),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("slot", ["lora_A", "lora_B", "lora_dropout"])
+@pytest.mark.parametrize("register", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_a_hook_is_called_that_came_after_the_program(made: str, slot: str, register: str) -> None:
+    layer, called = bound(), []
+    part = getattr(layer, slot)["default"]
+    program, slow = layer._program, []
+    program.slow = lambda *args, slow_call=program.slow: (slow.append(1), slow_call(*args))[1]
+    x = torch.randn(2, 4, requires_grad=True)
+    MADE[made](part)
+    layer(x)
+    assert not slow
+    handle = getattr(part, f"register_{register}_hook")(lambda *args: called.append(1))
+    layer(x).sum().backward()
+    assert called
+    assert slow == [1]
+    handle.remove()
+    layer(x).sum().backward()
+    assert slow == called == [1]

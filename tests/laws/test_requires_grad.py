@@ -6,6 +6,7 @@ copy of the head too. Calls are taken back after each sequence, as calls that fa
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import peftlite
 from peftlite import LoraConfig
@@ -178,3 +180,49 @@ def test_what_trains_after_every_sequence_of_four_calls(shape: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PeftliteWarning)
         assert visit(made(shape), Expected(), (), 4) == sum(len(STEPS) ** n for n in (1, 2, 3, 4))
+
+
+def moved(model: Any) -> None:
+    model.layer.to_empty(device="meta")
+    model.layer.to_empty(device="cpu")
+
+
+def taken_back(model: Any) -> None:
+    """As late as may be: `requires_grad` of the new adapter was written."""
+
+    def fail(*args: Any) -> None:
+        raise BackError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peftlite.core.inject.rebind", fail)
+        with pytest.raises(BackError):
+            peftlite.inject(model, config("b"), "new")
+    peftlite.inject(model, config("b"), "new")
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "loaded": lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    "moved": moved,
+    "another module": lambda model: model.layer.lora_A.update({"b": nn.Linear(2, 1, bias=False)}),
+    "another parameter": lambda model: setattr(model.layer.lora_A["b"], "weight", nn.Parameter(torch.ones(1, 2))),
+    "parametrised": lambda model: parametrizations.weight_norm(model.layer.lora_A["b"]) and None,
+    "on more layers": lambda model: peftlite.inject(model, LoraConfig(r=1, target_modules=["other"]), "d"),
+    "taken back": taken_back,
+    "copied": lambda model: copy.deepcopy(model),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_trains_is_what_is_there_now(change: str) -> None:
+    """Where parameters are is remembered from switch to switch; another may be there meanwhile."""
+    model = made("in place")
+    for name in ("b", "a", "b", "a"):
+        peftlite.set_adapter(model, name)
+    result = CHANGES[change](model)
+    model = result if isinstance(result, nn.Module) else model
+    for active in (("b",), ("a",), ("d", "new", "b"), ("a",)):
+        names = [name for name in active if name in peftlite.adapter_ids(model)]
+        peftlite.set_adapter(model, names)
+        lora = {name: p.requires_grad for name, p in model.named_parameters() if "lora_" in name}
+        assert lora == {name: name.split("lora_")[1].split(".")[1] in names for name in lora}
+        assert any(lora.values())

@@ -151,8 +151,8 @@ class BoundLinear:
         self.pw, self.pa, self.pb = base._parameters, down._parameters, up._parameters
         self.s: float = a.scaling
         self.dropout = drop if type(drop) in DROPOUTS else None
-        parts = Parts(base, down, up, drop)
-        self.own, self.hooks = parts.own, (*parts.hooks, *_GLOBAL_HOOKS)
+        self.own = base.__dict__, down.__dict__, up.__dict__, drop.__dict__
+        self.hooks = (*hooks_of_calls(self.own), *_GLOBAL_HOOKS)
         self.in_base_dtype, self.seeded = in_base_dtype(a), a.config.runtime_config.dropout_mask == "seed"
         self.views: Views | None = None
 
