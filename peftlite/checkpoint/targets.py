@@ -311,9 +311,7 @@ def is_on_meta(value: Any) -> bool:
     """Whether a value holds a tensor without memory."""
     if isinstance(value, nn.Module):
         own = (*value._parameters.values(), *value._buffers.values())
-        return any([tensor.is_meta for tensor in own if tensor is not None]) or any(
-            map(is_on_meta, value._modules.values())
-        )
+        return any(map(is_on_meta, own)) or any(map(is_on_meta, value._modules.values()))
     return isinstance(value, Tensor) and value.is_meta
 
 

@@ -49,7 +49,7 @@ class AdapterState:
         """For a set of adapters, what each layer runs, by its place."""
         self.banks: dict[tuple[str, ...], dict[int, Any]] = {}
         """What runs rows of several adapters together, likewise."""
-        self.planned: set[str | None] = set()
+        self.planned: set[str] = set()
         """The adapters that any of those may be for."""
         self.trained: dict[str, tuple[list[Owner], Trained]] = {}
         """Adapter -> where its parameters are, on which layers."""
@@ -118,18 +118,22 @@ class AdapterState:
         With one that is not known yet, nothing was.
         """
         if name is None:
-            self.trained.clear()
+            for derived in (self.plans, self.banks, self.trained):
+                derived.clear()
         else:
             self.trained.pop(name, None)  # also of one that is gone, as a call that added it was taken back
             if name not in self.configs and not self.mixing:
                 return
-        if name is None or self.mixing or name in self.planned:
-            for derived in (self.plans, self.banks):
-                for names in list(derived):
-                    if name is None or name in names or not self.mixing.isdisjoint(names):
-                        del derived[names]
-            self.planned.discard(name)
+            if self.mixing or name in self.planned:
+                self._forget_plans_with(name)
         self.version = object()
+
+    def _forget_plans_with(self, name: str) -> None:
+        for derived in (self.plans, self.banks):
+            for names in list(derived):
+                if name in names or not self.mixing.isdisjoint(names):
+                    derived.pop(names, None)
+        self.planned.discard(name)
 
     def keep_plan(
         self, derived: dict[tuple[str, ...], dict[int, Any]], names: tuple[str, ...], made: Any, most: int
