@@ -33,6 +33,12 @@ class Lean(nn.Module):
     def __init__(self) -> None:
         self.__dict__.update(_AT_ONCE, _parameters={}, _buffers={}, _modules={})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training" and isinstance(value, bool):  # the mode, also where an adapter has this name
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 

@@ -71,6 +71,7 @@ def run(model: Any) -> Tensor:
 @settings(max_examples=20)
 @given(name=NAMES)
 @example("train")
+@example("training")
 @example("type")
 @example("forward")
 @example("lora_A")
