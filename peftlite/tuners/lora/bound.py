@@ -192,9 +192,9 @@ class BoundLinear:
         _, _, At, Bt, _, Wt = views
         shape = x.shape
         flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-        y = F.linear(flat, W, bias) if Wt is None or bias is None else torch.addmm(bias, flat, Wt)  # the same bits
+        y = F.linear(flat, W, bias) if Wt is None or bias is None else bias.addmm(flat, Wt)  # the same bits
         if A.dtype is y.dtype:
-            y.addmm_(torch.mm(flat, At), Bt, alpha=self.s)
+            y.addmm_(flat.mm(At), Bt, alpha=self.s)
         else:
             self.add_cast(y, flat, A, views)
         if len(shape) == 3:  # the most frequent; in place, and each dimension as an argument, is the cheapest
