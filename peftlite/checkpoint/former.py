@@ -88,7 +88,12 @@ def brought_up_to_date(base: nn.Module, config: PeftConfig) -> None:
 def factor_paths(keys: Iterable[str]) -> set[str]:
     """The paths of the layers that have LoRA's factors in a file; "base_layer" is no part of them."""
     paths = {place[0] for key in keys if (place := split_file_key(key, _FACTORS)) is not None}
-    return {".".join(part for part in path.split(".") if part != "base_layer") for path in paths}
+    return {without_base_layers(path) if "base_layer" in path else path for path in paths}
+
+
+def without_base_layers(path: str) -> str:
+    """A path without the parts "base_layer"."""
+    return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
 def are_layers(base: nn.Module, paths: Iterable[str]) -> bool:

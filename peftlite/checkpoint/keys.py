@@ -49,17 +49,17 @@ def split_file_key(key: str, suffixes: Iterable[str]) -> tuple[str, str] | None:
     if not key.startswith(PREFIX):
         return None
     rest = key[len(PREFIX) :]
-    for suffix in _longest_first(tuple(suffixes)):
+    for suffix, ending in _longest_first(tuple(suffixes)):
+        if rest.endswith(ending):
+            return rest[: -len(ending)], suffix
         if rest == suffix:
             return "", suffix
-        if rest.endswith(f".{suffix}"):
-            return rest[: -len(suffix) - 1], suffix
     return None
 
 
 @lru_cache(64)
-def _longest_first(suffixes: tuple[str, ...]) -> list[str]:
-    return sorted(suffixes, key=len, reverse=True)
+def _longest_first(suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
+    return [(suffix, f".{suffix}") for suffix in sorted(suffixes, key=len, reverse=True)]
 
 
 def with_prefix(key: str) -> str:

@@ -309,10 +309,12 @@ class Blueprint:
 
 def is_on_meta(value: Any) -> bool:
     """Whether a value holds a tensor without memory."""
-    if isinstance(value, nn.Module):
-        own = (*value._parameters.values(), *value._buffers.values())
-        return any(map(is_on_meta, own)) or any(map(is_on_meta, value._modules.values()))
-    return isinstance(value, Tensor) and value.is_meta
+    if isinstance(value, Tensor):
+        return value.is_meta
+    if not isinstance(value, nn.Module):
+        return False
+    held = [tensors for tensors in (value._parameters, value._buffers, value._modules) if tensors]
+    return any(is_on_meta(inner) for holder in held for inner in holder.values())
 
 
 # ---- tensors of the base model

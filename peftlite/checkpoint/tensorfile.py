@@ -337,7 +337,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 16 and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+    if not isinstance(value, list) or len(value) > 16 or not {int}.issuperset(map(type, value)):
+        return False
+    return not value or (min(value) >= 0 and max(value) < 1 << 63)
 
 
 def bytes_of(flat: Tensor) -> memoryview:

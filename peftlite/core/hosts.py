@@ -358,6 +358,9 @@ def host_for(layer: nn.Module) -> Host | None:
     for predicate, kind in _BY_PREDICATE:
         if predicate(layer):
             return kind(layer)
+    known = _BY_TYPE.get(type(layer))  # the usual case
+    if known is not None:
+        return known(layer)
     return next((_BY_TYPE[t](layer) for t in type(layer).__mro__ if t in _BY_TYPE), None)
 
 

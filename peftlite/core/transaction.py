@@ -110,11 +110,13 @@ def keep_values(*tensors: Tensor) -> None:
     """Note the numbers in tensors that are about to be written into."""
     if _journal.steps is None:
         return
-    plain = [tensor for tensor in tensors if is_plain(tensor)]
-    _journal.steps += [partial(_write_back, *copies) for copies in copied_in_groups(plain)]
+    plain: list[Tensor] = []
     for tensor in tensors:
-        if not is_plain(tensor):
+        if is_plain(tensor):
+            plain.append(tensor)
+        else:
             _journal.steps.append(partial(write, tensor, tensor.detach().clone()))
+    _journal.steps += [partial(_write_back, *copies) for copies in copied_in_groups(plain)]
 
 
 def put(mapping: dict[str, Any], key: str, value: Any) -> None:

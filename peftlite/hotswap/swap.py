@@ -295,13 +295,14 @@ def file_keys(
 ) -> dict[str, str]:
     """File key -> the key that a tensor came with, which may be any of the usual ones."""
     given = {key: key for key in keys}
+    if all(key in known for key in given):
+        return given
     prefix = key_prefix(model)
     forms = [given]
-    if not given.keys() <= set(known):
-        plain = {unwrapped(key): key for key in keys}
-        nameless = {strip_adapter(key, name, slots) or key: old for key, old in plain.items()}
-        for form in (plain, nameless):
-            forms += [form, {PREFIX + key.removeprefix(prefix): old for key, old in form.items()}]
+    plain = {unwrapped(key): key for key in keys}
+    nameless = {strip_adapter(key, name, slots) or key: old for key, old in plain.items()}
+    for form in (plain, nameless):
+        forms += [form, {PREFIX + key.removeprefix(prefix): old for key, old in form.items()}]
     return max(forms, key=lambda form: sum(key in known for key in form))
 
 

@@ -145,12 +145,12 @@ class LoraConfig(PeftConfig):
 
     def rank_for(self, path: str) -> int:
         """The rank at this path (relative to the base model): of the first `rank_pattern` that matches, else `r`."""
-        key = targets.match_pattern(self.rank_pattern, path)
+        key = targets.match_pattern(self.rank_pattern, path) if self.rank_pattern else None
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_for(self, path: str) -> float:
         """The alpha at this path: of the first `alpha_pattern` that matches, else `lora_alpha`."""
-        key = targets.match_pattern(self.alpha_pattern, path)
+        key = targets.match_pattern(self.alpha_pattern, path) if self.alpha_pattern else None
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def scaling_for(self, path: str) -> float:
