@@ -18,6 +18,7 @@ from peftlite.core.layer import AdapterLayer
 from peftlite.core.outputs import attach
 from peftlite.core.plan import InjectionPlan, Site
 from peftlite.core.replicas import Replicas, replicas_for
+from peftlite.core.slots import NEW_WEIGHT
 from peftlite.core.state import AdapterState, check_adapter_name, check_bias_owner, freeze
 from peftlite.core.targets import (
     Selection,
@@ -32,7 +33,7 @@ from peftlite.core.targets import (
     ways_to_name,
 )
 from peftlite.core.ties import tied_sites
-from peftlite.core.transaction import atomic, put
+from peftlite.core.transaction import atomic, put, unnoted
 from peftlite.core.tree import base_model_of, check_one_state, find_state, layers
 from peftlite.core.variant import COMPANIONS, INPUTS, Companion, TunerSpec, tuner_for
 from peftlite.errors import ConfigError, StateError, TargetNotFoundError, UnsupportedLayerError, clipped
@@ -306,10 +307,7 @@ def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable
         state.change(replicas=planned.replicas)
     attached: dict[str, AdapterLayer] = {}
     for site, values in zip(planned.sites, built, strict=True):
-        layer = attached[site.path] = layer_at(site, state)
-        put(layer.__dict__, "shared_weight", layer.shared_weight or site.shared)
-        if site.leader is None:
-            layer.add(name, site.variant, values)
+        attached[site.path] = attach_at(site, state, name, values)
     for site in planned.sites:
         if site.leader is not None:
             attached[site.path].follow(name, site.variant, attached[site.leader])
@@ -327,16 +325,29 @@ def commit(planned: InjectionPlan, built: Sequence[Mapping[str, Any]], trainable
     observe(base, planned.config)
 
 
-def layer_at(site: Site, state: AdapterState) -> AdapterLayer:
-    """The adapter layer of a site, put around what is in its places if it is not there yet."""
+def attach_at(site: Site, state: AdapterState, name: str, values: Mapping[str, Any]) -> AdapterLayer:
+    """The adapter layer of a site, with the adapter on it, if it does not follow another's."""
+    layer, new = layer_at(site, state)
+    if site.shared and not layer.shared_weight:
+        put(layer.__dict__, "shared_weight", True)
+    reaches_out = site.variant.mixes or NEW_WEIGHT in values or any(slot.shared for slot in site.tuner.slots)
+    if site.leader is None and new and not reaches_out:  # all of it goes if the layer does
+        unnoted(layer.add, name, site.variant, values)
+    elif site.leader is None:
+        layer.add(name, site.variant, values)
+    return layer
+
+
+def layer_at(site: Site, state: AdapterState) -> tuple[AdapterLayer, bool]:
+    """The adapter layer of a site, put around what is in its places if it is not there yet; whether it was not."""
     module = current = site.places[0].parent._modules[site.places[0].child]
     while isinstance(current, AdapterLayer):
         if current.param == site.param:
-            return current
+            return current, False
         current = current.wrapped
     if module is None:  # the plan found it there
         raise StateError(f"`{site.path}` is gone. The model was changed between plan and commit.")
     layer = AdapterLayer(module, site.tuner, state, site.param)
     for place in site.places:
         put(place.parent._modules, place.child, layer)
-    return layer
+    return layer, True

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+
 from torch import nn
 
 from peftlite.core.layer import AdapterLayer
-from peftlite.core.transaction import keep
+from peftlite.core.transaction import on_failure
 
 
 def evaluate(model: nn.Module) -> None:
@@ -14,21 +17,27 @@ def evaluate(model: nn.Module) -> None:
     Adapters that are not in use have the mode in which their layer was when they were added, or that it was put into
     since. Single modules of theirs that were put into another by hand are left in it.
     """
+    changed: list[nn.Module] = []
+    on_failure(partial(_train_again, changed))
     stack = [model]
     while stack:
         module = stack.pop()
         if type(module).train is not nn.Module.train:  # a method of its own, which may do more
             if is_training(module):
-                for one in module.modules():
-                    keep(one.__dict__, "training")
+                changed += [one for one in module.modules() if one.training]
                 module.train(False)
             continue
         if module.training:
-            keep(module.__dict__, "training")
+            changed.append(module)
             module.training = False
             stack += [child for child in module._modules.values() if child is not None]
         else:
             stack += _of_interest(module)
+
+
+def _train_again(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        module.training = True
 
 
 def is_training(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlite.core.lean import Lean
-from peftlite.core.transaction import drop, keep, on_failure, put
+from peftlite.core.transaction import drop, keep, on_failure, put, unnoted
 
 
 class Watched(Lean):
@@ -334,13 +334,13 @@ def replace_tensor(container: SlotContainer, name: str, attribute: str, tensor: 
 
 
 def fill_in(slots: Iterable[Slot], values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Replace the tensors that the slots' `values` hold by those with the same file suffix."""
+    """Replace the tensors that the slots' `values`, which no model has yet, hold by those with the same file suffix."""
     container: Any = values
     for slot in slots:
         if slot.name in values:
             for suffix, attribute, _ in list(slot.suffixes(values[slot.name])):
-                if suffix in tensors:
-                    replace_tensor(container, slot.name, attribute, tensors[suffix])
+                if suffix in tensors:  # a note of what was there would keep it
+                    unnoted(replace_tensor, container, slot.name, attribute, tensors[suffix])
 
 
 def is_floating(tensor: Tensor) -> bool:

@@ -71,6 +71,15 @@ def take_back(steps: list[Undo], begin: int, error: BaseException) -> None:
                 error.add_note(f"Not all of the call could be taken back: {type(another).__name__}: {another}")
 
 
+def unnoted(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `function`, which changes nothing but what will be given up as a whole if the call around it fails."""
+    steps, _journal.steps = _journal.steps, None
+    try:
+        function(*args, **kwargs)
+    finally:
+        _journal.steps = steps
+
+
 @contextmanager
 def restoring(undo: Undo) -> Iterator[None]:
     """What is changed inside the block is put back at its end, by `undo`; twice, if something stops it half-way."""

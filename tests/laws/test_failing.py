@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import peftlite
 from peftlite import LoraConfig
-from peftlite.core.transaction import atomic
+from peftlite.core.modes import evaluate
+from peftlite.core.transaction import atomic, put, unnoted
 from tests.contract.rows import scramble
 from tests.laws.faults import Steps, Stop, chosen, differences, portrait
 
@@ -294,3 +295,41 @@ def test_gradients_are_recorded_after_a_call_that_is_stopped_at_the_end_of_a_blo
         with pytest.raises(Stop):
             call()
         assert torch.is_grad_enabled()
+
+
+def test_what_is_not_noted_stays_and_what_is_noted_before_and_after_it_is_taken_back() -> None:
+    noted, left = {"a": 1, "b": 1}, {"c": 1}
+
+    def fails(left: dict[str, int]) -> None:
+        put(left, "c", 2)
+        raise ValueError
+
+    @atomic
+    def call() -> None:
+        put(noted, "a", 2)
+        with pytest.raises(ValueError):  # noqa: PT011 - the one above
+            unnoted(fails, left)
+        put(noted, "b", 2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert noted == {"a": 1, "b": 1}
+    assert left == {"c": 2}
+
+
+def test_eval_mode_is_taken_back_where_it_was_training_mode() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval(), nn.Sequential(nn.Linear(2, 2)))
+    peftlite.inject_adapter_in_model(peftlite.LoraConfig(target_modules=["0"], lora_dropout=0.1), model)
+    before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2
+
+    @atomic
+    def call() -> None:
+        evaluate(model)
+        assert not any(module.training for module in model.modules())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert [module.training for module in model.modules()] == before
