@@ -249,7 +249,7 @@ class AdapterLayer(TiedLayer):
             container = self.container(slot.name)
             if name not in container:
                 continue
-            for found, attribute, _ in list(slot.suffixes(container[name])):
+            for found, attribute, _ in slot.suffixes(container[name]):
                 if found == suffix:
                     replace_tensor(container, name, attribute, tensor)
         self.unbind()

@@ -338,7 +338,7 @@ def fill_in(slots: Iterable[Slot], values: dict[str, Any], tensors: Mapping[str,
     container: Any = values
     for slot in slots:
         if slot.name in values:
-            for suffix, attribute, _ in list(slot.suffixes(values[slot.name])):
+            for suffix, attribute, _ in slot.suffixes(values[slot.name]):
                 if suffix in tensors:  # a note of what was there would keep it
                     unnoted(replace_tensor, container, slot.name, attribute, tensors[suffix])
 
