@@ -135,11 +135,15 @@ class Additive(Variant):
         return (y + self.delta_forward(a, x)).to(y.dtype)
 
     def merge(self, a: View, dense: Dense, rows: slice = ALL_ROWS) -> Dense:
-        delta = self.delta(a, rows)
+        weight = self.added(a, dense.weight, rows)
         bias, more = dense.bias, self.delta_bias(a)
         if more is not None and bias is not None:
             bias = bias + a.layer.host.take_bias(more, rows)
-        return Dense(dense.weight + delta, bias)
+        return Dense(weight, bias)
+
+    def added(self, a: View, weight: Tensor, rows: slice) -> Tensor:
+        """W + delta(a), for these rows; `weight` holds them alone, in at least fp32."""
+        return weight + self.delta(a, rows)
 
 
 class Shared(NamedTuple):

@@ -27,6 +27,7 @@ from peftlite.tuners.lora.factors import (
     low_rank,
     not_expressible,
     outer,
+    plus_outer,
 )
 from peftlite.tuners.lora.several import BoundLoras
 
@@ -75,6 +76,9 @@ class Lora(Additive):
     def delta(self, a: View, rows: slice = ALL_ROWS) -> Tensor:
         scaling: float = a.scaling
         return outer(a.layer.host, a, rows) * scaling
+
+    def added(self, a: View, weight: Tensor, rows: slice) -> Tensor:
+        return plus_outer(a.layer.host, a, weight, rows) if type(self) is Lora else super().added(a, weight, rows)
 
     def delta_forward(self, a: View, x: Tensor) -> Tensor:
         host: Host = a.layer.host
