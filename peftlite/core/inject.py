@@ -330,11 +330,12 @@ def attach_at(site: Site, state: AdapterState, name: str, values: Mapping[str, A
     layer, new = layer_at(site, state)
     if site.shared and not layer.shared_weight:
         put(layer.__dict__, "shared_weight", True)
-    reaches_out = site.variant.mixes or NEW_WEIGHT in values or any(slot.shared for slot in site.tuner.slots)
-    if site.leader is None and new and not reaches_out:  # all of it goes if the layer does
-        unnoted(layer.add, name, site.variant, values)
-    elif site.leader is None:
+    if site.leader is not None:
+        return layer
+    if not new or site.variant.mixes or NEW_WEIGHT in values or any([slot.shared for slot in site.tuner.slots]):
         layer.add(name, site.variant, values)
+    else:  # all of it goes if the layer does
+        unnoted(layer.add, name, site.variant, values)
     return layer
 
 

@@ -26,7 +26,7 @@ from peftlite.core.slots import (
 )
 from peftlite.core.state import BASE, AdapterState
 from peftlite.core.tied import TiedLayer
-from peftlite.core.transaction import atomic, drop, keep, put
+from peftlite.core.transaction import atomic, drop, keep, put, put_in_all
 from peftlite.core.variant import Bank, Program, TunerSpec, Variant
 from peftlite.core.written import differ
 from peftlite.errors import StateError
@@ -120,29 +120,26 @@ class AdapterLayer(TiedLayer):
         return found  # type: ignore[no-any-return]
 
     def add(self, name: str, variant: Variant, values: Mapping[str, Any]) -> None:
-        """Attach an adapter whose tensors and numbers were made by `variant.init`."""
-        put(self.variants, name, variant)
+        """Attach an adapter whose tensors and numbers `variant.init` made; whether they train, the state says."""
         if variant.mixes and name not in self.state.mixing:
             self.state.change(mixing=self.state.mixing | {name})
-        for key, value in values.items():
-            if key == NEW_WEIGHT:
-                self.rewrite(value)
-                continue
-            if key not in self._modules:
-                self.__dict__[key][name] = value
-                continue
-            container = self.container(key)
-            container[name] = value
-            if isinstance(container, BufferSlot) and any(slot.derived for slot in self.tuner.slots if slot.name == key):
-                container.leave_out(name)
+        if name in self.variants and self.tuner.numbers:
+            self._number_written(name)
+        own, modules = self.__dict__, self._modules
+        keys = [key for key in values if key != NEW_WEIGHT]
+        places = [self.container(key).held if key in modules else own[key] for key in keys]
+        put_in_all([self.variants, *places], name, [variant, *[values[key] for key in keys]])
+        for slot in self.tuner.slots:
+            value = values.get(slot.name)
             if isinstance(value, nn.Module):
                 set_mode(value, self.training)
-        known = {slot.name for slot in self.used} | values.keys()
-        used = tuple([slot for slot in self.tuner.slots if slot.name in known])
+            elif slot.derived and value is not None and isinstance(container := self.container(slot.name), BufferSlot):
+                container.leave_out(name)
+        used = tuple([slot for slot in self.tuner.slots if slot.name in values or slot in self.used])
         if len(used) > len(self.used):
-            put(self.__dict__, "used", used)
-        for parameter in self.parameters_of(name):
-            parameter.requires_grad_(False)
+            put(own, "used", used)
+        if NEW_WEIGHT in values:
+            self.rewrite(values[NEW_WEIGHT])
         self.unbind(name)
 
     def remove(self, name: str) -> None:

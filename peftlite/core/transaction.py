@@ -134,6 +134,15 @@ def put(mapping: dict[str, Any], key: str, value: Any) -> None:
     mapping[key] = value
 
 
+def put_in_all(mappings: Sequence[dict[str, Any]], key: str, values: Sequence[Any]) -> None:
+    """`mapping[key] = value` for each mapping and its value, past what a mapping does then; with a single note."""
+    if _journal.steps is not None:
+        before = [mapping.get(key, _ABSENT) for mapping in mappings]
+        _journal.steps.append(partial(_put_back_in_all, mappings, key, before))
+    for mapping, value in zip(mappings, values, strict=True):
+        dict.__setitem__(mapping, key, value)
+
+
 def drop(mapping: dict[str, Any], key: str) -> None:
     """`mapping.pop(key, None)`, to be taken back."""
     if key in mapping:
@@ -160,6 +169,11 @@ def _put_back(mapping: dict[str, Any], key: str, value: Any) -> None:
         mapping.pop(key, None)
     else:
         mapping[key] = value
+
+
+def _put_back_in_all(mappings: Sequence[dict[str, Any]], key: str, values: Sequence[Any]) -> None:
+    for mapping, value in zip(mappings, values, strict=True):
+        _put_back(mapping, key, value)
 
 
 def _refill(mapping: dict[Any, Any], before: dict[Any, Any]) -> None:

@@ -124,6 +124,14 @@ def test_a_merged_model_is_saved_and_loaded_as_it_is(name: str, place: str, tied
     assert torch.equal(logits(type(merged).from_pretrained(tmp_path).eval(), name), logits(merged, name))
 
 
+@every_model
+def test_tensors_that_are_replaced_train_as_before(name: str) -> None:
+    model = adapted(name, "table", ensure_weight_tying=True)
+    peftlite.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [key for key, _ in model.named_parameters() if "lora_" in key]
+
+
 @pytest.mark.parametrize("merge", [peftlite.merge_adapter, peftlite.merge_and_unload])
 def test_untying_is_said(merge: Any) -> None:
     model = adapted("llama", "table")
