@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -218,6 +219,36 @@ def test_hooks_on_any_part_are_called(part: str) -> None:
     assert len(seen) == 1
     if part == "base_layer":
         assert torch.equal(seen[0], x)  # in the order in which the rows came
+
+
+@pytest.mark.parametrize("how", ["hook", "hook, of a module that ran alone", "forward", "dict of hooks"])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_dropout"])
+def test_what_comes_in_the_way_later_is_seen(part: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, rows = (
+        peftlite.get_peft_model(Net(), LoraConfig(target_modules=["up"]), "a"),
+        torch.randn(4, 64),
+        [*"baab"],
+    )
+    model.add_adapter("b", LoraConfig(target_modules=["up"]))  # never active alone
+    scramble(model, "a")
+    scramble(model, "b")
+    layer: Any = model.get_submodule("base_model.model.up")
+    module = getattr(layer, part)["b"]
+    with torch.no_grad(), counted(monkeypatch) as served, peftlite.use_adapter_per_row(model, rows):
+        for _ in range(3):  # until no module makes dicts for hooks any more
+            model(x)
+        if how == "hook, of a module that ran alone":  # which made the dict that the hook goes into
+            one_by_one(model, x, rows)
+            model(x)
+        if how == "forward":
+            monkeypatch.setattr(module, "forward", lambda given, run=module.forward: run(given) * 2)
+        elif how == "dict of hooks":
+            module._forward_hooks = OrderedDict({0: lambda module, args, y: y * 2})
+        else:
+            module.register_forward_hook(lambda module, args, y: y * 2)
+        served.clear()
+        torch.testing.assert_close(model(x), one_by_one(model, x, rows))
+        assert served == [False]
 
 
 def test_dropout_drops_in_training_and_not_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import count
+from itertools import count, repeat
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlite.core.hosts import LinearHost
-from peftlite.core.lean import DROPOUTS, IDENTITIES, LINEARS
+from peftlite.core.lean import DROPOUTS, IDENTITIES, LINEARS, Parts
 from peftlite.core.rows import Order, Runs, split
 from peftlite.core.slots import View
 from peftlite.tuners.lora.blocks import rows_at_once
-from peftlite.tuners.lora.bound import Parts, globally_hooked
+from peftlite.tuners.lora.bound import globally_hooked
 from peftlite.tuners.lora.factors import in_base_dtype
 from peftlite.tuners.lora.passes import add_product, low_of
 
@@ -50,7 +51,8 @@ class LoraBank:
         numbers = count()
         self.places = [None if a is None else next(numbers) for a in views]
         """Of each group, which of the factors are its own; None for a group without an adapter."""
-        self.held = [(a.lora_A._parameters, a.lora_B._parameters) for a in present]
+        self.downs = [a.lora_A._parameters for a in present]
+        self.ups = [a.lora_B._parameters for a in present]
         self.scales = [a.scaling for a in present]
         self.scale_tensors = [s if isinstance(s, Tensor) else torch.tensor(float(s)) for s in self.scales]
         self.dropouts = [a.lora_dropout for a in present]
@@ -63,8 +65,8 @@ class LoraBank:
         compiling = torch.compiler.is_compiling()
         if x.dim() < 2 or not (compiling or self.plain()):
             return None
-        As = [down.get("weight") for down, _ in self.held]
-        Bs = [up.get("weight") for _, up in self.held]
+        As: list[Any] = list(map(dict.get, self.downs, repeat("weight")))
+        Bs: list[Any] = list(map(dict.get, self.ups, repeat("weight")))
         p = self.dropout() if self.drops else 0.0
         if p is None or not are_plain([*As, *Bs]):
             return None
@@ -191,4 +193,4 @@ def together(runs: Runs, each: int, step: int) -> tuple[tuple[slice, Runs], ...]
 
 def are_plain(factors: Sequence[Any]) -> bool:
     """Whether all are plain parameters of one dtype."""
-    return set(map(type, factors)) == {nn.Parameter} and len({factor.dtype for factor in factors}) == 1
+    return set(map(type, factors)) == {nn.Parameter} and len(set(map(attrgetter("dtype"), factors))) == 1

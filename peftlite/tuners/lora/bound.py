@@ -10,8 +10,6 @@ instance, subclasses of modules or tensors, autocast, functorch transforms, a ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
-from operator import contains
 from typing import Any
 
 import torch
@@ -111,18 +109,6 @@ def suits(a: View) -> bool:
 def globally_hooked() -> bool:
     """Whether hooks are registered on all modules."""
     return any(_GLOBAL_HOOKS)
-
-
-class Parts:
-    """Modules whose formula may be used in place of calling them, as long as nobody has put anything in the way."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        self.own = tuple([module.__dict__ for module in modules])
-        self.hooks = tuple(hooks_of_calls(self.own))
-
-    def touched(self) -> bool:
-        """Whether a module has a hook, or a `forward` patched onto it."""
-        return any(self.hooks) or any(map(contains, self.own, repeat("forward")))
 
 
 Views = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"]

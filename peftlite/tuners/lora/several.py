@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.core.lean import DROPOUTS
+from peftlite.core.lean import DROPOUTS, Parts
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
 from peftlite.tuners.lora.blocks import is_large, is_small
-from peftlite.tuners.lora.bound import Parts, differentiable_low, globally_hooked
+from peftlite.tuners.lora.bound import differentiable_low, globally_hooked
 from peftlite.tuners.lora.masks import drawn
 from peftlite.tuners.lora.passes import Kept, add_product, entries, gradients, low_of
 

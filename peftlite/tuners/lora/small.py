@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlite.core.lean import DROPOUTS
+from peftlite.core.lean import DROPOUTS, Parts
 from peftlite.core.slots import HALF_DTYPES, View
 from peftlite.core.variant import Program
-from peftlite.tuners.lora.bound import Parts, globally_hooked, suits
+from peftlite.tuners.lora.bound import globally_hooked, suits
 from peftlite.tuners.lora.factors import in_base_dtype
 
 SMALL = 1 << 16
