@@ -16,7 +16,7 @@ from peftlite.core.call import Call, Programs, current, using
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.merging import SAME, Undo, check_undo
 from peftlite.core.packed import warn_of_rounding
-from peftlite.core.rows import RowsCall, check_rows, grouped
+from peftlite.core.rows import RowsCall, check_rows, grouping
 from peftlite.core.slots import View
 from peftlite.core.state import BASE, AdapterState, bias_of
 from peftlite.core.ties import note_shared, untied, warn_of_untying
@@ -155,7 +155,7 @@ def use_adapter_per_row(model: nn.Module, adapter_names: Sequence[str | None] | 
     def plan(name: str) -> Programs:
         return plan_programs(model, state, () if name == BASE else (name,))
 
-    return using(RowsCall(state, rows, plan_banks(model, state, grouped(rows)), plan, current()))
+    return using(RowsCall(state, rows, plan_banks(model, state, grouping(rows).groups), plan, current()))
 
 
 def check_unmerged(model: nn.Module) -> None:

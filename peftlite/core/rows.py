@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Order:
     """
 
     def __init__(self, rows: Tensor, perm: Tensor | None, runs: Runs, each: int) -> None:
+        self.count = rows.shape[0]
         self.rows = rows
         self.perm = perm
         self.runs = runs
@@ -74,7 +75,7 @@ class RowsCall(Call):
     def __init__(
         self,
         state: AdapterState,
-        rows: Sequence[str],
+        rows: tuple[str, ...],
         banks: dict[int, Bank | None],
         plan: Callable[[str], Programs],
         outer: Call | None,
@@ -83,15 +84,9 @@ class RowsCall(Call):
         self.count = len(rows)
         self.banks = banks
         self.plan = plan
-        self.groups = grouped(rows)
-        place = {name: number for number, name in enumerate(self.groups)}
-        self.places = [place[name] for name in rows]
+        self.groups, self.places, self.runs, perm = grouping(rows)
         self.group = torch.tensor(self.places)
-        self.runs: Runs = tuple([(group, len(list(run))) for group, run in groupby(self.places)])
-        self.perm: Tensor | None = None
-        if len(self.runs) > len(self.groups):
-            self.runs = tuple(sorted(Counter(self.places).items()))
-            self.perm = torch.tensor(sorted(range(self.count), key=self.places.__getitem__))
+        self.perm = None if perm is None else torch.tensor(perm)
         self.orders: dict[tuple[int, torch.device], Order] = {}
         self.planned: dict[str, Programs] = {}
         if len(self.groups) == 1 or any(bank is None for bank in banks.values()):
@@ -167,9 +162,29 @@ class RowsCall(Call):
         return program_of(layer, () if name == BASE else (name,), self.planned[name])
 
 
-def grouped(rows: Sequence[str]) -> tuple[str, ...]:
-    """The adapters of a batch, each once and sorted, so that batches of the same adapters are planned once."""
-    return tuple(sorted(set(rows)))
+class Grouping(NamedTuple):
+    """Which rows of a batch are whose."""
+
+    groups: tuple[str, ...]
+    """The adapters, each once and sorted, so that batches of the same adapters are planned once."""
+    places: tuple[int, ...]
+    """Of each row."""
+    runs: Runs
+    perm: tuple[int, ...] | None
+    """As in an `Order`."""
+
+
+@lru_cache(maxsize=32)
+def grouping(rows: tuple[str, ...]) -> Grouping:
+    """Worked out once for all calls with the same rows, such as those of one generation."""
+    groups = tuple(sorted(set(rows)))
+    place = {name: number for number, name in enumerate(groups)}
+    places = tuple([place[name] for name in rows])
+    runs = tuple([(group, len(list(run))) for group, run in groupby(places)])
+    if len(runs) <= len(groups):
+        return Grouping(groups, places, runs, None)
+    perm = tuple(sorted(range(len(rows)), key=places.__getitem__))
+    return Grouping(groups, places, tuple(sorted(Counter(places).items())), perm)
 
 
 def split(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -193,7 +208,8 @@ def check_rows(state: AdapterState, rows: Sequence[str | None] | Tensor) -> tupl
     if isinstance(rows, str) or not len(rows):
         raise StateError(f"`adapter_names` is `{rows}`; it must be a list with one name per row. Nothing was changed.")
     names = tuple(BASE if name is None else name for name in rows)
-    state.checked(name for name in names if name != BASE)
+    if not set(names) - {BASE} <= state.configs.keys():
+        state.checked(name for name in names if name != BASE)
     return names
 
 

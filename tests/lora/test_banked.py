@@ -149,6 +149,19 @@ def test_half_precision_is_as_near_to_float64_as_one_by_one(blocks: bool, monkey
     assert together <= 1.02 * (one_by_one(model, x).double() - exact).abs().mean()
 
 
+@pytest.mark.parametrize("rows", [ROWS, ["b", "__base__", "a"]], ids=["groups", "each its own"])
+def test_narrower_adapters_do_not_round_what_the_base_layer_gives(rows: list[str]) -> None:
+    model, x = adapted(), torch.randn(len(rows), 64)
+    for name, part in model.named_parameters():
+        part.data = part.data.bfloat16() if "lora_" in name else part.data
+    with torch.no_grad():
+        with peftlite.use_adapter_per_row(model, rows):
+            together = model.up(x)
+        expected, base = one_by_one(model.up, x, rows), rows.index("__base__")
+    torch.testing.assert_close(together[base], expected[base], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together, expected, rtol=1e-2, atol=1e-2)  # products in bf16
+
+
 @pytest.mark.parametrize("batched", [False, True], ids=["by group", "batched"])
 def test_each_adapter_gets_the_gradient_of_its_rows(batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = adapted(), torch.randn(8, 3, 64)

@@ -28,6 +28,10 @@ from peftlite.tuners.lora.blocks import rows_at_once
 from peftlite.tuners.lora.bound import globally_hooked
 from peftlite.tuners.lora.factors import in_base_dtype
 from peftlite.tuners.lora.passes import add_product, low_of
+from peftlite.tuners.lora.rooms import left, taken
+
+Factors = tuple[Tensor, Tensor, float]
+"""A (r, in), B (out, r) and the scaling of one adapter."""
 
 
 def banks(a: View) -> bool:
@@ -109,37 +113,54 @@ class LoraBank:
         given = order.sorted(x)
         y: Tensor = self.base(given)
         flat, low_in, dtype = y.view(-1, self.out), given.reshape(-1, x.shape[-1]), As[0].dtype
-        wide = flat.dtype != dtype
-        step = rows_at_once(flat if self.out > x.shape[-1] else low_in) if wide else len(flat)
-        each = len(flat) // max(1, len(order.rows))
+        factors = list(zip(As, Bs, map(float, self.scales), strict=True))
+        each = flat.shape[0] // order.count
+        same, widens = flat.dtype is dtype, torch.promote_types(flat.dtype, dtype) is dtype
+        step = flat.shape[0] if same else rows_at_once(flat if self.out > x.shape[-1] else low_in) if widens else 1
         for rows, runs in together(order.runs, each, step):
             part, into = low_in[rows], flat[rows]
-            if wide and len(runs) > 1:
-                sums = into.to(dtype)
-                self.add(part.to(dtype), sums, runs, As, Bs)
-                into.copy_(sums)
-            else:
-                self.add(part, into, runs, As, Bs)
+            if same:
+                self.add(part, into, runs, factors)
+            elif len(runs) > 1:
+                self.add_wide(part, into, runs, factors)
+            elif (at := self.places[runs[0][0]]) is not None:
+                A, B, s = factors[at]
+                add_product(into, low_of(part, None, A), B.t(), s)
         return order.restored(y)
 
-    def add(self, x: Tensor, y: Tensor, runs: Runs, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
+    def add_wide(self, x: Tensor, y: Tensor, runs: Runs, factors: Sequence[Factors]) -> None:
+        """The same as `add` by way of copies in the factors' dtype, in rooms that are used again."""
+        dtype = factors[0][0].dtype
+        given, sums = taken(x.numel(), dtype), taken(y.numel(), dtype)
+        (wide_x, xs), (wide_y, ys) = given.views(*x.shape), sums.views(*y.shape)
+        wide_x.copy_(x)
+        wide_y.copy_(y)
+        if len(runs) == len(xs):
+            self.add_vectors(xs, ys, runs, factors)
+        else:
+            self.add(wide_x, wide_y, runs, factors)
+        y.copy_(wide_y)
+        left(sums)
+        left(given)
+
+    def add(self, x: Tensor, y: Tensor, runs: Runs, factors: Sequence[Factors]) -> None:
         """Add to the vectors y what the groups' adapters give for the vectors x, both brought together by group."""
-        places, scales = self.places, self.scales
-        if len(runs) == len(x) and x.dtype is y.dtype and y.dtype in (torch.float32, torch.float64):
-            for (group, _), part, into in zip(runs, x.unbind(0), y.unbind(0), strict=True):
-                if (at := places[group]) is not None:
-                    low, s = torch.mv(As[at], part), scales[at]
-                    if isinstance(s, Tensor):
-                        low, s = low * s, 1.0
-                    into.addmv_(Bs[at], low, alpha=s)
+        if len(runs) == x.shape[0] and y.dtype in (torch.float32, torch.float64):
+            self.add_vectors(x.unbind(0), y.unbind(0), runs, factors)
             return
         sizes = [size for _, size in runs]
         for (group, _), part, into in zip(runs, split(x, sizes), split(y, sizes), strict=True):
-            if (at := places[group]) is not None:
-                low, s = low_of(part, None, As[at]), scales[at]
-                if isinstance(s, Tensor):
-                    low, s = low * s, 1.0
-                add_product(into, low, Bs[at].t(), s)
+            if (at := self.places[group]) is not None:
+                A, B, s = factors[at]
+                into.addmm_(torch.mm(part, A.t()), B.t(), alpha=s)
+
+    def add_vectors(self, xs: Sequence[Tensor], ys: Sequence[Tensor], runs: Runs, factors: Sequence[Factors]) -> None:
+        """The same where every vector is alone in its group."""
+        mv = torch.mv
+        for at, x, y in zip([self.places[group] for group, _ in runs], xs, ys, strict=True):
+            if at is not None:
+                A, B, s = factors[at]
+                y.addmv_(B, mv(A, x), alpha=s)
 
     def by_group(self, x: Tensor, order: Order, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Tensor:
         """Scaled B A x for all rows, group by group; differentiable."""
