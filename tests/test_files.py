@@ -152,7 +152,7 @@ def test_a_file_is_the_same_however_much_is_written_at_once(
 
     monkeypatch.setattr(os, "writev", some)
     monkeypatch.setattr(tensorwriting, "CHUNK", at_once)
-    monkeypatch.setattr(tensorwriting, "_PIECES", 3)
+    monkeypatch.setattr(tensorwriting, "PIECES", 3)
     write_adapter(tmp_path / "other", TEXT, MIXED)
     weights = [(tmp_path / name / SAFETENSORS_WEIGHTS_NAME).read_bytes() for name in ("plain", "other")]
     assert weights[0] == weights[1]
@@ -182,6 +182,35 @@ MIXED = {
     "f": torch.tensor(1.5),
     "g": torch.ones(30).to(torch.float8_e4m3fn),
 }
+
+
+@pytest.mark.parametrize("at_once", [1, 64, 1 << 20])
+@pytest.mark.parametrize("system", ["usual", "gives less", "has no such call"])
+def test_tensors_are_read_the_same_however_many_are_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, system: str
+) -> None:
+    preadv, calls = tensorfile._preadv, []
+
+    def some(handle: int, places: Sequence[Any], at: int) -> int:
+        calls.append(len(places))
+        assert preadv is not None
+        return preadv(handle, places if system == "usual" else places[:1], at)
+
+    monkeypatch.setattr(tensorfile, "_preadv", None if system == "has no such call" or preadv is None else some)
+    monkeypatch.setattr(tensorfile, "_LOOK", at_once)
+    monkeypatch.setattr(tensorfile, "PIECES", 3)
+    given = {**MIXED, "h": torch.randn(2, 3), "i": torch.randn(4), "j": torch.randn(1), "k": torch.randn(2)}
+    write_adapter(tmp_path, TEXT, given)
+    with read_adapter(tmp_path) as found:
+        for keys in (list(found.tensors.infos), sorted(given, reverse=True), ["c", "i"]):
+            read_now = dict(tensorfile.read_each(found.tensors, keys))
+            assert list(read_now) == keys
+            assert same(read_now, {key: given[key] for key in keys})
+        path = tmp_path / SAFETENSORS_WEIGHTS_NAME
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(CheckpointError, match="cut off"):
+            list(tensorfile.read_each(found.tensors, found.tensors.infos))
+    assert not calls or max(calls) == (3 if at_once > 1 else 1)
 
 
 @pytest.mark.parametrize("at_once", [16, 64, 1 << 20])

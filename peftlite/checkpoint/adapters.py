@@ -242,7 +242,7 @@ class Loader:
         planned = self._plan(autocast)
         blueprint = Blueprint.of(planned, device)
         report, staged = self._stage(blueprint.targets(), self._origin(lambda: record_for(planned)))
-        apply((target, tensor) for target, tensor in staged if not target.of_base)
+        blueprint.fill((target, tensor) for target, tensor in staged if not target.of_base)
         commit(planned, blueprint.built(), trainable)
         apply((target, tensor) for target, tensor in staged if target.of_base)
         return report

@@ -42,28 +42,27 @@ def spots(
             joined[id(layer)] = site
     instead = instead if planned is None else planned.instead
     seen: set[int] = set()
-    stack = [Spot("", base)]
+    stack: list[tuple[str, nn.Module, AdapterLayer | None, bool]] = [("", base, None, False)]
     while stack:
-        spot = stack.pop()
-        if id(spot.module) in seen:
+        path, module, around, adapted = stack.pop()
+        at = id(module)
+        if at in seen:
             continue
-        seen.add(id(spot.module))
-        for site in coming.get(id(spot.module), ()):
-            yield spot._replace(site=site)
-            path = joined_path(spot.path, base_in_files(site.tuner))
-            spot = spot._replace(path=path, adapted=adapts(site.tuner))
-        module = spot.module
+        seen.add(at)
+        for site in coming.get(at, ()):
+            yield Spot(path, module, site, around, adapted)
+            path, adapted = joined_path(path, base_in_files(site.tuner)), adapts(site.tuner)
         if isinstance(module, AdapterLayer):
-            holds = name in module.variants or id(module) in joined
-            if holds:
-                yield spot._replace(site=joined[id(module)]) if id(module) in joined else spot
-            path = joined_path(spot.path, base_in_files(module.tuner)) if holds else spot.path
-            adapted = holds and adapts(module.tuner)
-            stack.append(Spot(path, module.wrapped, None, module, adapted or spot.adapted))
+            joining = joined.get(at)
+            if joining is not None or name in module.variants:
+                yield Spot(path, module, joining, around, adapted)
+                path, adapted = joined_path(path, base_in_files(module.tuner)), adapts(module.tuner) or adapted
+            stack.append((path, module.wrapped, module, adapted))
             continue
-        yield spot
-        for child, inner in reversed(children(module, instead)):
-            stack.append(Spot(joined_path(spot.path, child), inner))
+        yield Spot(path, module, None, around, adapted)
+        if module._modules:
+            for child, inner in reversed(children(module, instead)):
+                stack.append((joined_path(path, child), inner, None, False))
 
 
 def joined_path(path: str, name: str) -> str:

@@ -12,7 +12,7 @@ from peftlite.checkpoint.files import read_json
 from peftlite.checkpoint.forms import AsOnLayers, as_in_files
 from peftlite.checkpoint.keys import PREFIX, file_key, nearest_keys, shown, unwrapped, without_prefix
 from peftlite.checkpoint.record import Origin
-from peftlite.checkpoint.report import LoadReport, Strict, compare, settle
+from peftlite.checkpoint.report import LoadReport, Strict, Wanted, compare, settle
 from peftlite.checkpoint.spots import Spot, base_in_files, is_whole, spots
 from peftlite.checkpoint.targets import (
     BaseTarget,
@@ -23,7 +23,7 @@ from peftlite.checkpoint.targets import (
     live_targets,
     tables_of,
 )
-from peftlite.checkpoint.tensorfile import MemoryTensors, TensorSource, is_finite
+from peftlite.checkpoint.tensorfile import MemoryTensors, TensorSource, is_finite, read_each
 from peftlite.core.facts import ModelFacts, facts_of
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.lifecycle import state_of
@@ -290,9 +290,8 @@ def stage(
     if strict is True or (strict and report.has_wrong_sizes):
         settle(report, what, strict=strict, other_shapes=other_shapes)
     staged: Staged = []
-    for key in report.loaded_keys:
+    for key, tensor in read_for(source, report.loaded_keys, targets, wanted):
         target = targets.places[key]
-        tensor = source.read(key).to(device=target.device, dtype=wanted[key].dtype)
         if not is_finite(tensor):
             report.not_finite_keys.append(key)
         target.check(tensor)
@@ -300,6 +299,20 @@ def stage(
     if strict is not True or report.not_finite_keys:
         settle(report, what, strict=strict)
     return report, staged
+
+
+def read_for(
+    source: TensorSource, keys: Iterable[str], targets: Targets, wanted: Mapping[str, Wanted]
+) -> Iterator[tuple[str, Tensor]]:
+    """These tensors, as they are to be put in their places. First those that need not be changed, which is no copy."""
+    as_they_are: list[str] = []
+    others: list[str] = []
+    for key in keys:
+        same = source.infos[key].dtype == wanted[key].dtype and targets.places[key].device.type == "cpu"
+        (as_they_are if same else others).append(key)
+    yield from read_each(source, as_they_are)
+    for key in others:
+        yield key, source.read(key).to(device=targets.places[key].device, dtype=wanted[key].dtype)
 
 
 @atomic

@@ -23,9 +23,9 @@ from peftlite.core.found import innermost
 from peftlite.core.hosts import is_borrowed
 from peftlite.core.layer import AdapterLayer
 from peftlite.core.plan import InjectionPlan, Site
-from peftlite.core.slots import BufferSlot, fill_in
+from peftlite.core.slots import BufferSlot, fill_in, replace_tensor
 from peftlite.core.state import bias_of
-from peftlite.core.transaction import keep_values, write
+from peftlite.core.transaction import keep_values, unnoted, write
 from peftlite.core.tree import base_model_of, find_state, is_bias
 from peftlite.core.variant import TunerSpec
 from peftlite.errors import CheckpointError, PeftliteError, StateError
@@ -189,15 +189,16 @@ def live_targets(
 
 @dataclass(eq=False)
 class SiteTarget(Target):
-    """A tensor of a blueprint."""
+    """A tensor of a blueprint: where in the values of a site, or in what all share, it is."""
 
-    filled: dict[str, Tensor]
-    suffix: str
+    values: Any
+    slot: str
+    attribute: str
     wanted: Wanted
     device: torch.device
 
     def put(self, new: Tensor) -> None:
-        self.filled[self.suffix] = new
+        replace_tensor(self.values, self.slot, self.attribute, new)
 
 
 @dataclass
@@ -207,11 +208,8 @@ class Blueprint:
     planned: InjectionPlan
     values: list[dict[str, Any]]
     """Slot or number -> value, for each site."""
-    filled: list[dict[str, Tensor]]
-    """Suffix -> the tensor to use, for each site."""
     shared: dict[str, Tensor]
     """Slot -> what all sites share."""
-    filled_shared: dict[str, Tensor] = field(default_factory=dict)
     device: torch.device | None = None
 
     @classmethod
@@ -228,7 +226,7 @@ class Blueprint:
         except (RuntimeError, OverflowError, TypeError) as error:
             reason = str(error).split("\n")[0]
             raise CheckpointError(f"The config asks for what cannot be made: {reason}. Nothing was changed.") from error
-        return cls(planned, values, [{} for _ in values], shared, device=device)
+        return cls(planned, values, shared, device)
 
     def targets(self) -> Targets:
         """The places in it, and those in the base model, by the keys that they have once it is attached."""
@@ -238,9 +236,11 @@ class Blueprint:
             found.ignored.add(key)
             if self.planned.saves_shared:
                 place = self.place(self.planned.sites[0])
-                found.places[key] = SiteTarget(self.filled_shared, slot, _wanted(tensor), place)
+                found.places[key] = SiteTarget(self.shared, slot, "", _wanted(tensor), place)
         bias, tables = bias_of(self.planned.config), tables_of(facts_of(base))
         indices = {id(site): index for index, site in enumerate(self.planned.sites)}
+        for tuner in {id(site.tuner): site.tuner for site in self.planned.sites}.values():
+            found.slots.update([slot.name for slot in tuner.slots])
         for spot in spots(base, self.planned.adapter_name, self.planned):
             site = spot.site
             if site is None:
@@ -250,39 +250,39 @@ class Blueprint:
         return found
 
     def _add(self, found: Targets, path: str, index: int, rows: int | None) -> None:
-        site = self.planned.sites[index]
-        found.slots.update(slot.name for slot in site.tuner.slots)
+        site, values = self.planned.sites[index], self.values[index]
         if site.leader is not None and not site.tuner.followers_in_files:
             return
-        place, whole, filled = self.place(site), is_whole(site.tuner), self.filled[index]
-        for slot in site.tuner.slots:
-            if slot.name not in self.values[index]:
-                continue
-            for suffix, _, tensor in slot.suffixes(self.values[index][slot.name]):
-                wanted = _wanted(tensor, site.rank, rows)
-                found.places[file_key(path, suffix)] = SiteTarget(filled, suffix, wanted, place)
-                if whole:
-                    found.ignored.update(_second_copies(path, suffix, site.tuner))
+        place, whole = self.place(site), is_whole(site.tuner)
+        for slot, suffix, attribute, tensor in in_files(site, values):
+            wanted = _wanted(tensor, site.rank, rows)
+            found.places[file_key(path, suffix)] = SiteTarget(values, slot, attribute, wanted, place)
+            if whole:
+                found.ignored.update(_second_copies(path, suffix, site.tuner))
 
     def place(self, site: Site) -> torch.device:
         """The device that a site's tensors go to."""
         return _or_cpu(self.device or site.host.device)
+
+    def fill(self, staged: Iterable[tuple[Target, Tensor]]) -> None:
+        """Put tensors into it, which no model has yet: a note of what was there would keep that."""
+        for target, tensor in staged:
+            unnoted(target.put, tensor)
 
     def built(self) -> list[Mapping[str, Any]]:
         """What to attach: every tensor that was put there, and first values for the rest, if there is any.
 
         Raises: CheckpointError if the rest is larger than the model that it is for.
         """
-        for site, values, filled in zip(self.planned.sites, self.values, self.filled, strict=True):
-            fill_in(site.tuner.slots, values, filled)
         rest = [index for index, values in enumerate(self.values) if any(map(is_on_meta, values.values()))]
         self._check(rest)
         for index in rest:  # not all was in the file, or is ever in one
             site = self.planned.sites[index]
+            filled = {suffix: t for _, suffix, _, t in in_files(site, self.values[index]) if not t.is_meta}
             placement = self.planned.placement(site)._replace(device=self.place(site))
             self.values[index] = dict(site.variant.init(site.host, placement))
-            fill_in(site.tuner.slots, self.values[index], self.filled[index])
-        shared = self.filled_shared
+            fill_in(site.tuner.slots, self.values[index], filled)
+        shared = {slot: tensor for slot, tensor in self.shared.items() if not tensor.is_meta}
         if shared.keys() != self.shared.keys():
             shared = {**self.planned.shared(self.place(self.planned.sites[0])), **shared}
         return [
@@ -291,12 +291,9 @@ class Blueprint:
         ]
 
     def _check(self, rest: Sequence[int]) -> None:
-        missing = sum(tensor.numel() for slot, tensor in self.shared.items() if slot not in self.filled_shared)
-        for index in rest:
-            for slot in self.planned.sites[index].tuner.slots:
-                if slot.name in self.values[index]:
-                    suffixes = slot.suffixes(self.values[index][slot.name])
-                    missing += sum(tensor.numel() for suffix, _, tensor in suffixes if suffix not in self.filled[index])
+        places = [place for index in rest for place in in_files(self.planned.sites[index], self.values[index])]
+        tensors = [*self.shared.values(), *[tensor for _, _, _, tensor in places]]
+        missing = sum(tensor.numel() for tensor in tensors if tensor.is_meta)
         if missing <= _FREE:
             return
         own = sum(parameter.numel() for parameter in self.planned.model.parameters())
@@ -305,6 +302,12 @@ class Blueprint:
                 f"The config asks for {missing} numbers that are not in the file, and the model itself has {own}. "
                 "Nothing was changed."
             )
+
+
+def in_files(site: Site, values: Mapping[str, Any]) -> list[tuple[str, str, str, Tensor]]:
+    """(slot, file suffix, attribute, tensor) of what files have of a site's values."""
+    slots = [slot for slot in site.tuner.slots if slot.name in values]
+    return [(slot.name, *place) for slot in slots for place in slot.suffixes(values[slot.name])]
 
 
 def is_on_meta(value: Any) -> bool:

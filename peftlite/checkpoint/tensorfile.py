@@ -16,7 +16,7 @@ import mmap
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 import torch
@@ -34,7 +34,10 @@ MAX_HEADER = 32 << 20
 CHUNK = 16 << 20
 """Bytes that are read or written in one go."""
 METADATA = "__metadata__"
+PIECES = 512
+"""Pieces of memory that one call of the system takes; 1024 on most."""
 _LOOK = 1 << 20  # what fits into a processor's cache
+_preadv: Callable[[int, Sequence[Any], int], int] | None = getattr(os, "preadv", None)
 _DTYPES = {
     # in the order in which files are laid out
     "U64": "uint64",
@@ -61,6 +64,7 @@ DTYPES: dict[str, torch.dtype] = {
     k: getattr(torch, v) for k, v in _DTYPES.items() if getattr(torch, v, None) is not None
 }
 CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+_KNOWN_TO_NUMPY = (torch.float32, torch.float16, torch.float64)
 RANK = {code: rank for rank, code in enumerate(_DTYPES)}
 
 
@@ -244,18 +248,34 @@ class SafetensorsFile:
             swap_bytes(tensor)
         return tensor
 
+    def read_each(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors as `read` gives them, in turn; a few calls of the system read all that lie side by side in the file.
+
+        Raises: as `read`.
+        """
+        if self._map is not None or sys.byteorder == "big":
+            yield from ((key, self.read(key)) for key in keys)
+            return
+        for group in self._groups(keys, _LOOK):  # which whoever looks at them at once finds in the cache
+            made = [(key, torch.empty(self.infos[key].shape, dtype=self.infos[key].dtype)) for key in group]
+            self._fill_all(made)
+            yield from made
+
     def read_into(self, places: Iterable[tuple[str, Tensor]]) -> None:
         """Write tensors' numbers into others of their shapes, with no copy in between where that is possible.
 
         Raises: as `read`, and if the file was written to; some of the numbers may then have been written.
         """
+        plain: list[tuple[str, Tensor]] = []
         for key, tensor in sorted(places, key=lambda place: self.infos[place[0]].begin):
-            info = self.infos[key]
-            if not is_plain(tensor) or tensor.dtype != info.dtype or sys.byteorder == "big":
+            if not is_plain(tensor) or tensor.dtype != self.infos[key].dtype or sys.byteorder == "big":
                 write(tensor, self.look(key))
-                continue
-            torch.autograd.graph.increment_version(tensor)  # which says that it was written into
-            self._fill(in_bytes(tensor), info.begin, key)
+            else:
+                plain.append((key, tensor))
+        torch.autograd.graph.increment_version([tensor for _, tensor in plain])  # which says: they were written into
+        for group in self._groups([key for key, _ in plain], CHUNK):
+            self._fill_all(plain[: len(group)])
+            del plain[: len(group)]
         if self._stamp() != self._opened:  # what was found to be in order may not be what was read
             raise self._error("it was written to while it was read")
 
@@ -269,8 +289,9 @@ class SafetensorsFile:
         Raises: as `read`.
         """
         room = torch.empty(_LOOK, dtype=torch.uint8)
-        for keys, begin, end in self._groups():
-            for at in range(begin, end, _LOOK):
+        for keys in self._groups(sorted(self.infos, key=lambda key: self.infos[key].begin), _LOOK):
+            end = self.infos[keys[-1]].end
+            for at in range(self.infos[keys[0]].begin, end, _LOOK):
                 seen = room[: min(_LOOK, end - at)]
                 self._fill(seen, at, keys[0])
                 numbers = seen.view(self.infos[keys[0]].dtype)
@@ -280,17 +301,31 @@ class SafetensorsFile:
                     return next((key for key in keys if not is_finite(self.look(key))), None)
         return None
 
-    def _groups(self) -> Iterator[tuple[list[str], int, int]]:
-        """Tensors of one dtype that lie side by side, and from where to where; as many as are looked at in one."""
-        keys: list[str] = []
-        begin = 0
-        for key, info in sorted(self.infos.items(), key=lambda item: item[1].begin):
-            if keys and (info.dtype != self.infos[keys[0]].dtype or info.end - begin > _LOOK):
-                yield keys, begin, info.begin
-                keys, begin = [], info.begin
-            keys.append(key)
-        if keys:
-            yield keys, begin, self.infos[keys[-1]].end
+    def _groups(self, keys: Iterable[str], most: int) -> Iterator[list[str]]:
+        """These in their order, those together that are of one dtype and lie side by side, up to `most` bytes."""
+        group: list[str] = []
+        begin = end = 0
+        dtype: torch.dtype | None = None
+        for key in keys:
+            info = self.infos[key]
+            if info.begin != end or info.dtype != dtype or info.end - begin > most or len(group) == PIECES:
+                if group:
+                    yield group
+                group, begin, dtype = [], info.begin, info.dtype
+            group.append(key)
+            end = info.end
+        if group:
+            yield group
+
+    def _fill_all(self, places: Sequence[tuple[str, Tensor]]) -> None:
+        """Read into plain tensors what lies side by side in the file."""
+        begin, end = self.infos[places[0][0]].begin, self.infos[places[-1][0]].end
+        if _preadv is not None and end - begin <= CHUNK:
+            arrays = [in_numpy(tensor) for _, tensor in places]
+            if _preadv(self._file.fileno(), arrays, self._start + begin) == end - begin:
+                return
+        for key, tensor in places:  # what is large, or the file ends early, or something came between
+            self._fill(in_bytes(tensor), self.infos[key].begin, key)
 
     def _fill(self, flat: Tensor, begin: int, key: str) -> None:
         self._file.seek(self._start + begin)
@@ -324,6 +359,13 @@ class SafetensorsFile:
         self._file.close()
 
 
+def read_each(source: TensorSource, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """These of the tensors, in turn."""
+    if isinstance(source, SafetensorsFile):
+        return source.read_each(keys)
+    return ((key, source.read(key)) for key in keys)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers in a tensor are numbers."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
@@ -345,6 +387,11 @@ def _is_sizes(value: Any) -> bool:
 def bytes_of(flat: Tensor) -> memoryview:
     """The memory of a flat tensor of bytes."""
     return memoryview(cast(Any, flat.numpy()))
+
+
+def in_numpy(tensor: Tensor) -> Any:
+    """The memory of a plain tensor as an array: of its numbers, where numpy knows their dtype."""
+    return tensor.detach().numpy() if tensor.dtype in _KNOWN_TO_NUMPY else in_bytes(tensor).numpy()
 
 
 def swap_bytes(tensor: Tensor) -> None:

@@ -19,10 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from peftlite.checkpoint.keys import shown
-from peftlite.checkpoint.tensorfile import CHUNK, CODES, METADATA, RANK, TensorInfo, bytes_of, swap_bytes
+from peftlite.checkpoint.tensorfile import CHUNK, CODES, METADATA, PIECES, RANK, TensorInfo, bytes_of, swap_bytes
 from peftlite.errors import CheckpointError
-
-_PIECES = 512  # that one call of the system takes; 1024 on most
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
@@ -52,7 +50,7 @@ def write_pieces(file: BinaryIO, pieces: Iterable[memoryview]) -> None:
     for piece in pieces:
         batch.append(piece)
         size += len(piece)
-        if size >= CHUNK or len(batch) == _PIECES:
+        if size >= CHUNK or len(batch) == PIECES:
             _write_batch(file.fileno(), batch)
             batch, size = [], 0
     _write_batch(file.fileno(), batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import peftlite
 from peftlite import IA3Config, LoraConfig
+from peftlite.checkpoint import tensorfile
 from peftlite.checkpoint.tensorfile import SafetensorsFile
 from peftlite.core.tree import layers, named_layers
 from peftlite.errors import AdapterNameError, CheckpointError, ConfigError, NoAdapterError, PeftliteWarning, StateError
@@ -346,16 +347,17 @@ def test_a_file_that_is_cut_off_between_the_look_and_the_swap_changes_nothing(
     config, read, filled = model.peft_config["default"], SafetensorsFile.read_into, []
 
     def cut(self: SafetensorsFile, places: Iterable[tuple[str, Tensor]]) -> None:
-        fill = self._fill
+        fill = self._fill_all
 
-        def counted(flat: Tensor, begin: int, key: str) -> None:
-            filled.append(key)
-            if len(filled) == 3:
+        def counted(places: Sequence[tuple[str, Tensor]]) -> None:
+            filled.extend(places)
+            if len(filled) >= 3:
                 weights = directory / "adapter_model.safetensors"
                 os.truncate(weights, weights.stat().st_size // 2)
-            fill(flat, begin, key)
+            fill(places)
 
-        monkeypatch.setattr(self, "_fill", counted)
+        monkeypatch.setattr(self, "_fill_all", counted)
+        monkeypatch.setattr(tensorfile, "CHUNK", 1)  # so that each is read alone
         read(self, places)
 
     monkeypatch.setattr(SafetensorsFile, "read_into", cut)
