@@ -47,7 +47,7 @@ class Sum(Formula):
         layer = self.layer
         y, flat = layer.base_layer(x), x.reshape(-1, x.shape[-1])
         ps = [getattr(layer.lora_dropout[name], "p", 0.0) for name in NAMES]
-        masks = [opened(drawn(flat, p), x.shape[-1]).view(x.shape) if p else None for p in ps]
+        masks = [opened(drawn(flat, p), torch.empty(x.shape, dtype=torch.int16)) if p else None for p in ps]
         total = y
         for name, p, mask in zip(NAMES, ps, masks, strict=True):
             A, B = layer.lora_A[name].weight, layer.lora_B[name].weight

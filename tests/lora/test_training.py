@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftlite
 from peftlite.tuners.lora import blocks, bound
-from peftlite.tuners.lora.masks import drawn, drop_, dropped, new_seed, opened
+from peftlite.tuners.lora.masks import drawn, dropped, kept, kept_of, new_seed, opened, put_
 
 IN, OUT = 12, 10
 Found = dict[str, Tensor]
@@ -39,9 +40,14 @@ class Formula(nn.Module):
             low = F.dropout(low, self.p)
         elif self.p:
             seed = new_seed() if self.runtime.dropout_mask == "seed" else None
-            keep = opened(drawn(x.reshape(-1, x.shape[-1]), self.p, seed), x.shape[-1])
-            low = torch.where(keep.view(x.shape) == 1, low, 0.0) / (1 - self.p)
+            keep = ones_of(x, drawn(x.reshape(-1, x.shape[-1]), self.p, seed))
+            low = torch.where(keep == 1, low, 0.0) / (1 - self.p)
         return (y + F.linear(F.linear(low, A), B) * self.layer.scaling["default"]).to(y.dtype)
+
+
+def ones_of(x: Tensor, bits: Tensor) -> Tensor:
+    """0 or 1 for each element of x."""
+    return opened(bits, torch.empty(x.shape, dtype=torch.int16))
 
 
 def adapted(dtype: torch.dtype, dropout: float, bias: str = "none", **runtime: str) -> Any:
@@ -226,6 +232,31 @@ def test_gradients_are_those_of_the_formula(
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=max(1e-12, near * size))
 
 
+@pytest.mark.parametrize(
+    ("base", "adapter"),
+    [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16), (torch.float32, torch.float64)],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_adapters_may_be_of_another_dtype_than_usual(
+    base: torch.dtype, adapter: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "SMALL", 0)
+    monkeypatch.setattr(blocks, "LARGE", 3 * IN)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    layer = adapted(base, dropout)
+    for parts in (layer.lora_A, layer.lora_B):
+        parts.to(adapter)
+    results = []
+    for module in (layer, Formula(layer)):
+        torch.manual_seed(1)
+        x = torch.randn(2, 5, IN).to(base).requires_grad_()
+        results.append(plain(module, x))
+    near = 1e-5 if adapter is torch.float64 else 8e-2
+    for name, theirs in results[1].items():
+        torch.testing.assert_close(results[0][name], theirs, rtol=0, atol=near * float(theirs.abs().max()))
+
+
 @torch.no_grad()
 def test_inference_in_blocks_is_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = adapted(torch.bfloat16, 0.0).eval(), torch.randn(40, IN).bfloat16()
@@ -251,32 +282,89 @@ def test_wide_copies_of_blocks_use_the_same_memory(monkeypatch: pytest.MonkeyPat
     assert not list(blocks.widened(x[:0], torch.float32))
 
 
-def test_a_mask_is_one_bit_for_each_element(monkeypatch: pytest.MonkeyPatch) -> None:
-    every = torch.arange(256, dtype=torch.uint8)
-    expected = torch.tensor([[number >> bit & 1 for bit in range(8)] for number in range(256)], dtype=torch.uint8)
-    assert torch.equal(opened(every[:, None], 8), expected)
-    assert torch.equal(opened(every.view(128, 2), 13), expected.view(128, 16)[:, :13])
-    x = torch.empty(601, 101)
-    for p in (0.05, 0.5, 0.999999, 1e-9):
-        torch.manual_seed(3)
-        bits = drawn(x, p)
-        assert (bits.shape, bits.dtype) == ((601, 13), torch.uint8)
-        assert abs(float(opened(bits, 101).double().mean()) - (1 - p)) < 4e-3
-        with monkeypatch.context() as patch:
-            patch.setattr(blocks, "LARGE", 500)
-            torch.manual_seed(3)
-            assert torch.equal(drawn(x, p), bits)
+@pytest.mark.parametrize("shape", [(32, 9), (3, 7), (1, 1), (16, 16), (5, 48)])
+def test_a_mask_is_one_bit_for_each_element(shape: tuple[int, int]) -> None:
+    """Bit k of n numbers, one after the other, stands for elements k n to (k + 1) n; any part of them can be opened."""
+    elements = math.prod(shape)
+    bits = torch.randint(-(2**15), 2**15, (-(-elements // 16),), dtype=torch.int16)
+    expected = torch.tensor([number >> bit & 1 for bit in range(16) for number in bits.tolist()])[:elements]
+    assert torch.equal(ones_of(torch.empty(shape), bits).flatten().long(), expected)
+    for start in range(elements):
+        for stop in {start + 1, (start + elements) // 2, elements} - {start}:
+            part = opened(bits, torch.empty(stop - start, dtype=torch.int16), start)
+            assert torch.equal(part.long(), expected[start:stop])
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.25, 0.3, 0.999999, 1e-9])
+def test_masks_keep_as_many_as_they_should(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within what one in a million exceeds: in all, in each plane, in each of 64 neighbours."""
+    share = max(1, round((1 - p) * 2**16)) / 2**16
+    x = torch.empty(1024, 1031)
+    torch.manual_seed(3)
+    bits = drawn(x, p)
+    assert (bits.shape, bits.dtype) == ((-(-x.numel() // 16),), torch.int16)
+    ones = ones_of(x, bits).double().flatten()
+    for part in (ones, *ones.split(len(bits)), *(ones[at::64] for at in range(64))):
+        assert abs(float(part.mean()) - share) < 5 * math.sqrt(share * (1 - share) / len(part)) + 9 / len(part)
+    torch.manual_seed(3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(blocks, "LARGE", 500)
+    assert torch.equal(drawn(x, p), bits)
+    assert torch.equal(drawn(x.bfloat16(), p, 11), drawn(x, p, 11))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_what_is_dropped_says_nothing_of_the_rest(p: float) -> None:
+    torch.manual_seed(4)
+    x = torch.empty(512, 2048)
+    first, second = (ones_of(x, drawn(x, p)).double().flatten().sub_(1 - p) for _ in range(2))
+    n, plane = x.numel(), x.numel() // 16
+    pairs = [(first, second)]
+    pairs += [(first[lag:], first[:-lag]) for lag in (1, 2, 63, 64, 2048, 8192 * 64, plane, 3 * plane, n // 2 + 1)]
+    for one, other in pairs:
+        assert abs(float((one * other).mean())) < 5 * p * (1 - p) / math.sqrt(len(one))
+
+
+def test_another_device_draws_masks_by_its_own_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's own operations: here on a CPU, where a subclass asks for them."""
+
+    class Other(Tensor):
+        pass
+
+    real, p = torch.empty, 0.3
+    monkeypatch.setattr(torch, "empty", lambda *args, **given: real(*args, **given).as_subclass(Other))
+    x = real(1024, 1031)
+    torch.manual_seed(3)
+    bits = drawn(x, p).as_subclass(Tensor)
+    monkeypatch.undo()
+    assert (bits.shape, bits.dtype) == ((-(-x.numel() // 16),), torch.int16)
+    for part in ones_of(x, bits).double().flatten().split(len(bits)):
+        assert abs(float(part.mean()) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / len(part))
+    torch.manual_seed(3)
+    assert not torch.equal(drawn(x, p), bits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_what_is_dropped_is_zero_whatever_it_was(dtype: torch.dtype) -> None:
+def test_what_is_dropped_is_zero_whatever_it_was(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "LARGE", 4 * 13)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     x = torch.randn(9, 13).to(dtype)
     x[::2, ::3], x[1::2, ::3] = float("inf"), float("nan")
     for given in (x, x.T.contiguous().T):
-        bits = drawn(given, 0.5)
-        expected = torch.where(opened(bits, 13) == 1, given, 0.0)
-        torch.testing.assert_close(dropped(given, bits), expected, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(drop_(given.clone(), bits), expected, rtol=0, atol=0, equal_nan=True)
+        bits, seen = drawn(given, 0.5), 0
+        keep = ones_of(given, bits) == 1
+        for rows, ones in kept_of(given, bits):
+            part = dropped(given[rows], ones, torch.empty_like(given[rows]))
+            expected = torch.where(keep[rows], given[rows], 0.0)
+            torch.testing.assert_close(part, expected, rtol=0, atol=0, equal_nan=True)
+            new, old = torch.randn(part.shape).to(dtype), given[rows].clone()
+            expected = torch.where(keep[rows], new, old)
+            put_(old, new, ones)
+            torch.testing.assert_close(old, expected, rtol=0, atol=0, equal_nan=True)
+            seen += len(part)
+        assert seen == 9
+    ordinary = torch.randn(9, 13).to(dtype)
+    assert torch.equal(kept(ordinary, bits), torch.where(keep, ordinary, 0.0))
 
 
 def test_dropping_everything_leaves_the_base_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,19 +23,35 @@ def is_small(x: Tensor) -> bool:
 
 def blocks(matrix: Tensor) -> Iterator[slice]:
     """Slices of the rows of a matrix that together are all of them; one, where there is no such cache."""
-    step = rows_at_once(matrix)
-    yield from (slice(start, start + step) for start in range(0, len(matrix), step))
+    step, count = rows_at_once(matrix), len(matrix)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
 
-def widened(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The blocks of a matrix, each with a copy in another dtype, which is overwritten when the next one is asked for.
+def cut(matrix: Tensor, rows: slice) -> Tensor:
+    """Some rows of a matrix; itself where these are all: after a large product, a call that is new finds cold code."""
+    return matrix if rows.stop - rows.start == len(matrix) else matrix[rows]
+
+
+def room(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for the largest block of a matrix in another dtype, to be used again for the next.
 
     New memory for each would cost as much as the copies: what is freed at the heap's end is cleared again before use.
     """
-    room = matrix.new_empty(min(rows_at_once(matrix), len(matrix)), matrix.shape[1], dtype=dtype)
+    return matrix.new_empty(min(rows_at_once(matrix), len(matrix)), matrix.shape[1], dtype=dtype)
+
+
+def begin(memory: Tensor, count: int) -> Tensor:
+    """As much of a room as this many rows need."""
+    return memory if count == len(memory) else memory[:count]
+
+
+def widened(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The blocks of a matrix, each with a copy in another dtype, which the next one's will overwrite."""
+    wide = room(matrix, dtype)
     for rows in blocks(matrix):
-        part = matrix[rows]
-        yield rows, room[: len(part)].copy_(part)
+        part = cut(matrix, rows)
+        yield rows, begin(wide, len(part)).copy_(part)
 
 
 def rows_at_once(matrix: Tensor) -> int:

@@ -25,7 +25,7 @@ from peftlite.core.variant import Program
 from peftlite.tuners.lora.blocks import is_large, is_small
 from peftlite.tuners.lora.factors import in_base_dtype
 from peftlite.tuners.lora.masks import drawn, kept, new_seed
-from peftlite.tuners.lora.passes import How, Kept, add_product, gradients, low_of
+from peftlite.tuners.lora.passes import How, Kept, add_product, gradients_above, gradients_below, low_of
 
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
@@ -66,12 +66,10 @@ class FusedLora(torch.autograd.Function):
             return *differentiable(Kept(x, A, B, W, u, bits), s, how.dtype, need, g), None
         if u is None:
             u = low_of(flat, bits, A.to(how.dtype))
-        gu, gA, gB = gradients(Kept(x, A, B, W, u, bits), s, how.dtype, need, g)
-        gx = None
-        if need[0]:
-            gx = torch.mm(g, W)
-            add_product(gx, gu, A.to(how.dtype), bits=bits)
-            gx = gx.view(x.shape)
+        gx = torch.mm(g, W) if need[0] else None  # first: the rest is little, and stays in the caches after it
+        gu, gB = gradients_above(g, u, B, s, how.dtype, need[4])
+        gA = gradients_below(flat, bits, A, gu, s, gx, need[3])
+        gx = None if gx is None else gx.view(x.shape)
         return gx, None, g.sum(0) if need[2] else None, gA, gB, None
 
 

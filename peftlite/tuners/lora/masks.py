@@ -1,41 +1,50 @@
-"""What dropout keeps: 16 random bits decide on each element, and one bit is remembered of it.
+"""What dropout keeps: each element with its probability to 16 binary digits, and one bit is remembered of it.
 
-    drawn(rows, width)    bits (rows, width / 8): True with probability 1 - p
-    opened(bits)          one byte of 0 or 1 per element (rows, width)
-    drop_(x, bits)        zeros in x: its bits, taken for whole numbers, times those
+    drawn(x, p)             bits (elements / 16): 1 with probability 1 - p
+    kept_of(x, bits)        blocks of x, and 0 or 1 for each element
+    dropped(x, ones, out)   zeros in x: its bits, taken for whole numbers, times those
+    put_(x, new, ones)      new values in x, where it is kept
 
-All goes by whole numbers, for which torch has vector instructions; of `torch.where` and comparisons that give booleans
-it has plain loops, which cost a CPU more than the low-rank products.
+The elements of a tensor are 16 planes, one after the other, and a number of 16 bits has one bit of each plane: so to
+open them takes few instructions for many numbers. All goes by whole numbers, for which torch has vector instructions;
+of `torch.where` and comparisons that give booleans it has plain loops, which cost a CPU more than low-rank products.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from peftlite.tuners.lora.blocks import blocks
+from peftlite.registry import later
+from peftlite.tuners.lora.blocks import begin, blocks, room
 
-_LEVELS = 1 << 16  # an element is kept if its 16 random bits are below the share of these
+if TYPE_CHECKING:
+    from peftlite.tuners import sfc64
+else:
+    sfc64 = later("peftlite.tuners.sfc64")
+
+_PLANES = 16
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-_GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: the highest byte has them as its bits, the first lowest
-_SPREAD = 0x0101010101010101  # times a byte: eight times that byte
-_SELECT = -0x7FBFDFEFF7FBFDFF  # 0x8040201008040201: of eight bytes, one bit each, the lowest of the first
 
 
 def drawn(x: Tensor, p: float, seed: int | None = None) -> Tensor:
-    """A bit for each element of x (rows, width), 1 with probability 1 - p: (rows, width / 8, rounded up).
+    """A bit for each element of x, 1 with probability 1 - p: (elements / 16, rounded up) numbers of 16 bits.
 
-    With a seed they are the same each time; without, they come from the device's own generator.
+    With a seed they are the same each time; without, they come from torch's generator for the device.
     """
     generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
-    bits = torch.empty(len(x), (x.shape[1] + 7) // 8, dtype=torch.uint8, device=x.device)
-    least = min(round(p * _LEVELS), _LEVELS - 1) - _LEVELS // 2
-    for rows in blocks(x):
-        part = bits[rows]
-        random = torch.empty(len(part), 2 * part.shape[1], dtype=torch.int64, device=x.device)
-        keep = random.random_(-(2**63), None, generator=generator).view(torch.int16).ge_(least)
-        part.copy_(keep.to(torch.uint8).view(torch.int64).mul_(_GATHER) >> 56)
-    return bits
+    count, kept = -(-x.numel() // _PLANES), max(1, 2**16 - round(p * 2**16))
+    wide = torch.empty(-(-count // 4), dtype=torch.int64, device=x.device)
+    if type(wide) is Tensor and wide.is_cpu:
+        sfc64.bits_(wide, kept, generator)
+        return wide.view(torch.int16) if count % 4 == 0 else wide.view(torch.int16)[:count]
+    random = wide.new_empty(_PLANES * len(wide)).random_(-(2**63), None, generator=generator)
+    keep = random.view(torch.int16).ge_(2**15 - kept).view(_PLANES, -1)
+    return keep.mul_(_places(x.device)).sum(0, dtype=torch.int16)[:count]
 
 
 def new_seed() -> int:
@@ -43,24 +52,56 @@ def new_seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
-def opened(bits: Tensor, width: int) -> Tensor:
-    """0 or 1 for each bit, as a byte: (rows, width)."""
-    spread = (bits.to(torch.int64) * _SPREAD).bitwise_and_(_SELECT)  # (rows, bytes): eight elements in each
-    return spread.view(torch.uint8).to(torch.bool).view(torch.uint8)[:, :width]
+def opened(bits: Tensor, ones: Tensor, start: int = 0) -> Tensor:
+    """Fills `ones`, of 16 bits each, with 0 or 1 for as many elements; `start` elements come before them."""
+    flat, size, done = ones.view(-1), len(bits), 0
+    while done < len(flat):
+        plane, at = divmod(start + done, size)
+        left = len(flat) - done
+        if at or left < size:  # some of a plane
+            count = min(size - at, left)
+            part, numbers = flat[done : done + count].view(1, -1), bits[at : at + count]
+        else:
+            count = left // size * size
+            part, numbers = flat if count == len(flat) else flat[done : done + count], bits
+            part = part.view(-1, size)
+        places = _places(bits.device)
+        if len(part) < _PLANES:
+            places = places[plane : plane + len(part)]
+        torch.bitwise_and(numbers, places, out=part).eq_(places)
+        done += count
+    return ones
 
 
-def drop_(x: Tensor, bits: Tensor | None) -> Tensor:
-    """Zeros, in place, where the bits do not keep x (rows, width); without gradients."""
-    if bits is not None:
-        x.view(_WHOLE[x.dtype.itemsize]).mul_(opened(bits, x.shape[1]))
-    return x
+@functools.cache
+def _places(device: torch.device) -> Tensor:
+    """Which bit of a number each plane has: (planes, 1)."""
+    return torch.tensor([1 << plane for plane in range(15)] + [-(1 << 15)], dtype=torch.int16, device=device)[:, None]
 
 
-def dropped(x: Tensor, bits: Tensor | None) -> Tensor:
-    """The same, and x stays as it is."""
-    return x if bits is None else (x.view(_WHOLE[x.dtype.itemsize]) * opened(bits, x.shape[1])).view(x.dtype)
+def kept_of(x: Tensor, bits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The blocks of x (rows, width), with 0 or 1 for each element, in numbers as wide as those of x."""
+    whole = _WHOLE[x.dtype.itemsize]
+    ones = room(x, torch.int16)
+    wide = ones if whole is torch.int16 else room(x, whole)
+    for rows in blocks(x):
+        count = rows.stop - rows.start
+        part = opened(bits, begin(ones, count), rows.start * x.shape[1])
+        yield rows, part if wide is ones else begin(wide, count).copy_(part)
+
+
+def dropped(x: Tensor, ones: Tensor, out: Tensor) -> Tensor:
+    """Zeros in place of what is not kept of x: as `out`, of the same dtype."""
+    torch.mul(ones, x.view(ones.dtype), out=out.view(ones.dtype))
+    return out
+
+
+def put_(x: Tensor, new: Tensor, ones: Tensor) -> None:
+    """The new values in x where it is kept; they are lost."""
+    old = x.view(ones.dtype)
+    old.bitwise_xor_(new.view(ones.dtype).bitwise_xor_(old).mul_(ones))
 
 
 def kept(x: Tensor, bits: Tensor | None) -> Tensor:
     """The same by multiplication, which has gradients."""
-    return x if bits is None else x * opened(bits, x.shape[1])
+    return x if bits is None else x * opened(bits, torch.empty(x.shape, dtype=torch.int16, device=x.device))

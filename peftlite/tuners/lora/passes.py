@@ -6,7 +6,7 @@ Elsewhere all rows go at once. None of this is differentiable: it is for inferen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.core.slots import HALF_DTYPES
-from peftlite.tuners.lora.blocks import blocks, is_large, widened
-from peftlite.tuners.lora.masks import drop_, dropped
+from peftlite.tuners.lora.blocks import begin, blocks, cut, is_large, room, widened
+from peftlite.tuners.lora.masks import dropped, kept_of, put_
 
 
 class How(NamedTuple):
@@ -41,66 +41,111 @@ class Kept(NamedTuple):
     bits: Tensor | None
 
 
-def entries(x: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """What A is given, some rows at a time: the slice of them, and drop(x) of those, to be used before the next.
+def entries(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The blocks of x in this dtype, to be used before the next is asked for.
 
     All rows at once in half precision, whose kernels are slow to start, if nothing is made of them.
     """
-    if bits is not None:
-        return ((rows, dropped(x[rows], bits[rows]).to(dtype)) for rows in blocks(x))
     if x.dtype != dtype:
         return widened(x, dtype)
     if dtype in HALF_DTYPES:
         return iter(((slice(0, len(x)), x),))
-    return ((rows, x[rows]) for rows in blocks(x))
+    return ((rows, cut(x, rows)) for rows in blocks(x))
 
 
 def low_of(x: Tensor, bits: Tensor | None, A: Tensor) -> Tensor:
     """drop(x) A^T: (rows, in) -> (rows, r)."""
     if bits is None and (x.dtype == A.dtype or not is_large(x)):
         return F.linear(x.to(A.dtype), A)
-    u = A.new_empty(len(x), len(A))
-    for rows, part in entries(x, bits, A.dtype):
-        torch.mm(part, A.t(), out=u[rows])
+    u, At = A.new_empty(len(x), len(A)), A.t()
+    if bits is None:
+        for rows, part in widened(x, A.dtype):
+            set_product(cut(u, rows), part, At)
+        return u
+    rooms = rooms_for(x, A.dtype)
+    for rows, ones in kept_of(x, bits):
+        set_product(cut(u, rows), given(cut(x, rows), ones, rooms), At)
     return u
 
 
-def add_product(y: Tensor, u: Tensor, B: Tensor, s: float = 1.0, bits: Tensor | None = None) -> None:
-    """Add drop(s u B) to y, in place, summed in the wider of their dtypes: (rows, out), (rows, r), (r, out)."""
-    if y.dtype == u.dtype and bits is None:
+def set_product(into: Tensor, one: Tensor, other: Tensor) -> None:
+    """By the operation that sums are made by as well: code of two would have to be fetched after each large product."""
+    into.addmm_(one, other, beta=0)
+
+
+def rooms_for(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For blocks of x in its own dtype and in another; one, where these are the same."""
+    narrow = room(x, x.dtype)
+    return narrow, narrow if x.dtype == dtype else room(x, dtype)
+
+
+def given(x: Tensor, ones: Tensor, rooms: tuple[Tensor, Tensor]) -> Tensor:
+    """What A is given of a block of x, in the second room."""
+    narrow, wide = (begin(memory, len(x)) for memory in rooms)
+    part = dropped(x, ones, narrow)
+    return part if rooms[0] is rooms[1] else wide.copy_(part)
+
+
+def add_product(y: Tensor, u: Tensor, B: Tensor, s: float = 1.0) -> None:
+    """Add s u B to y, in place, summed in the wider of their dtypes: (rows, out), (rows, r), (r, out)."""
+    if y.dtype == u.dtype:
         y.addmm_(u, B, alpha=s)
-        return
-    if torch.promote_types(y.dtype, u.dtype) != u.dtype:
-        for rows in blocks(y):
-            y[rows].add_(drop_(torch.mm(u[rows], B), None if bits is None else bits[rows]), alpha=s)
-    elif bits is None:
-        for rows, sums in widened(y, u.dtype):
-            y[rows].copy_(sums.addmm_(u[rows], B, alpha=s))
+    elif (sums := torch.promote_types(y.dtype, u.dtype)) == u.dtype:
+        for rows, wide in widened(y, sums):
+            cut(y, rows).copy_(wide.addmm_(cut(u, rows), B, alpha=s))
     else:
         for rows in blocks(y):
-            y[rows].copy_(drop_(torch.mm(u[rows] * s, B), bits[rows]).add_(y[rows]))
+            cut(y, rows).add_(torch.mm(cut(u, rows), B), alpha=s)
 
 
-def gradients(
-    kept: Kept, s: float, dtype: torch.dtype, need: Sequence[bool], g: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(of u, of A, of B), the last two where needed, from the gradient g (rows, out) of s drop(x) A^T B^T.
-
-    need: which gradients are needed, of the arguments of `FusedLora`.
-    """
-    x, A, B, _, u, bits = kept
-    x, Bs = x.reshape(-1, x.shape[-1]), (B * s).to(dtype)
-    gu = A.new_empty(len(g), len(A), dtype=dtype)
-    gA = torch.zeros_like(A) if need[3] else None
-    gB = B.new_zeros(len(A), len(B)) if need[4] else None  # transposed: large matrices stay as they lie
-    for rows, wide in entries(g, None, dtype):
-        torch.mm(wide, Bs, out=gu[rows])
+def gradients_above(
+    g: Tensor, u: Tensor, B: Tensor, s: float, dtype: torch.dtype, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(of u, but for the factor s, and of B if wanted), from the gradient g (rows, out) of s u B^T."""
+    gu, wide_B = B.new_empty(len(g), B.shape[1], dtype=dtype), B.to(dtype)
+    gB = B.new_zeros(B.shape[1], len(B)) if wanted else None  # transposed: large matrices stay as they lie
+    for rows, wide in entries(g, dtype):
+        set_product(cut(gu, rows), wide, wide_B)
         if gB is not None:
-            add_sum(gB, u[rows], wide, s)
+            add_sum(gB, cut(u, rows), wide, s)
+    return gu, None if gB is None else gB.t().contiguous()
+
+
+def gradients_below(
+    x: Tensor, bits: Tensor | None, A: Tensor, gu: Tensor, s: float, gx: Tensor | None, wanted: bool
+) -> Tensor | None:
+    """The gradient of A, if wanted, from that of u = drop(x) A^T, s gu; adds that of x (rows, in) to gx, in place."""
+    dtype, gA = gu.dtype, torch.zeros_like(A) if wanted else None
+    if bits is not None:
+        below_dropout(x, bits, A.to(dtype), gu, s, gx, gA)
+        return gA
     if gA is not None:
-        for rows, part in entries(x, bits, dtype):
-            add_sum(gA, gu[rows], part, 1.0)
-    return gu, gA, None if gB is None else gB.t().contiguous()
+        for rows, part in entries(x, dtype):
+            add_sum(gA, cut(gu, rows), part, s)
+    if gx is not None:
+        add_product(gx, gu, A.to(dtype), s)
+    return gA
+
+
+def below_dropout(
+    x: Tensor, bits: Tensor, A: Tensor, gu: Tensor, s: float, gx: Tensor | None, gA: Tensor | None
+) -> None:
+    """Add to gx and gA, in place, what there is of these."""
+    rooms = rooms_for(x, A.dtype)
+    for rows, ones in kept_of(x, bits):
+        low = cut(gu, rows)
+        if gA is not None:
+            add_sum(gA, low, given(cut(x, rows), ones, rooms), s)
+        if gx is None:
+            continue
+        old = cut(gx, rows)
+        new, wide = (begin(memory, len(low)) for memory in rooms)
+        if x.dtype == A.dtype:
+            old.add_(dropped(torch.mm(low, A, out=new), ones, new), alpha=s)
+        elif torch.promote_types(x.dtype, A.dtype) == A.dtype:
+            put_(old, new.copy_(wide.copy_(old).addmm_(low, A, alpha=s)), ones)
+        else:
+            put_(old, new.copy_(old).add_(torch.mm(low, A, out=wide), alpha=s), ones)
 
 
 def add_sum(total: Tensor, low: Tensor, wide: Tensor, s: float) -> None:

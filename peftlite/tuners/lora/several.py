@@ -22,7 +22,7 @@ from peftlite.core.variant import Program
 from peftlite.tuners.lora.blocks import is_large, is_small
 from peftlite.tuners.lora.bound import differentiable_low, globally_hooked
 from peftlite.tuners.lora.masks import drawn
-from peftlite.tuners.lora.passes import Kept, add_product, entries, gradients, low_of
+from peftlite.tuners.lora.passes import Kept, add_product, gradients_above, gradients_below, low_of
 
 
 class FusedLoras(torch.autograd.Function):
@@ -85,34 +85,21 @@ def passed_back(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients of x, A_1, B_1, ..., from the output's, g (rows, out); u: all drop_i(x) A_i^T, side by side."""
     bits, As, Bs, scales, need_A, need_B = zip(*parts, strict=True)
-    A, B = torch.cat(As), beside(Bs, scales)
-    together = not any(mask is not None for mask in bits)
-    wanted = (need[0], False, False, together and any(need_A), any(need_B))
-    gu, gA, gB = gradients(Kept(x, A, B, W, u, None), 1.0, A.dtype, wanted, g)
+    flat, gx = x.reshape(-1, x.shape[-1]), torch.mm(g, W) if need[0] else None
+    gu, gB = gradients_above(g, u, beside(Bs, scales), 1.0, As[0].dtype, any(need_B))
     sizes = [len(one) for one in As]
-    gus = torch.split(gu, sizes, 1)
-    gx = None
-    if need[0]:
-        gx = torch.mm(g, W)
-        for low, one, mask in [(gu, A, None)] if together else zip(gus, As, bits, strict=True):
-            add_product(gx, low, one, bits=mask)
-    gAs: Sequence[Tensor | None] = [None] * len(As) if gA is None else torch.split(gA, sizes)
-    if not together:
-        flat = x.reshape(-1, x.shape[-1])
-        gAs = [of_factor(flat, low, mask, one.dtype) for low, one, mask in zip(gus, As, bits, strict=True)]
+    gAs: Sequence[Tensor | None]
+    if any(mask is not None for mask in bits):
+        gus = torch.split(gu, sizes, 1)
+        gAs = [gradients_below(flat, bits[at], As[at], gus[at], 1.0, gx, need_A[at]) for at in range(len(As))]
+    else:
+        gA = gradients_below(flat, None, torch.cat(As), gu, 1.0, gx, any(need_A))
+        gAs = [None] * len(As) if gA is None else torch.split(gA, sizes)
     gBs: Sequence[Tensor | None] = [None] * len(As) if gB is None else torch.split(gB, sizes, 1)
     found: list[Tensor | None] = []
     for part, one, other in zip(parts, gAs, gBs, strict=True):
         found += [one if part[4] else None, other * part[3] if part[5] and other is not None else None]
     return gx, found
-
-
-def of_factor(x: Tensor, gu: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The gradient of A (r, in), from that of u (rows, r)."""
-    gA = torch.zeros(gu.shape[1], x.shape[1], dtype=dtype, device=x.device)
-    for rows, part in entries(x, bits, dtype):
-        gA.addmm_(gu[rows].t(), part)
-    return gA
 
 
 def beside(Bs: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
