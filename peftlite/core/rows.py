@@ -189,8 +189,7 @@ def grouping(rows: tuple[str, ...]) -> Grouping:
 
 def split(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Parts of the first dimension."""
-    parts: tuple[Tensor, ...] = x.split(list(sizes))  # type: ignore[no-untyped-call]
-    return parts
+    return x.split_with_sizes(sizes)  # `split`, without what that does in Python
 
 
 def spread(order: Tensor, each: int) -> Tensor:

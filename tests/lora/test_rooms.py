@@ -50,13 +50,15 @@ def test_few_and_small_rooms_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_views_are_made_once_for_a_shape_and_not_for_ever() -> None:
     room = taken(12, torch.float32)
-    matrix, vectors = room.views(3, 4)
-    assert room.views(3, 4) is room.views(3, 4)
-    assert (matrix.shape, len(vectors)) == ((3, 4), 3)
-    matrix.copy_(torch.arange(12).view(3, 4))
-    assert torch.equal(torch.stack(vectors), matrix)
+    for sizes in ((1, 1, 1), (2, 1), (3,)):
+        matrix, parts = room.views(sizes, 4)
+        assert room.views(sizes, 4) is room.views(sizes, 4)
+        assert matrix.shape == (3, 4)
+        matrix.copy_(torch.arange(12).view(3, 4))
+        assert torch.equal(torch.cat([part.view(-1, 4) for part in parts]), matrix)
+        assert [part.numel() for part in parts] == [4 * size for size in sizes]
     for rows in range(1, 13):
-        room.views(rows, 1)
+        room.views((rows,), 1)
     assert len(room.shaped) <= 4
 
 

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from peftlite.core.hosts import LinearHost
 from peftlite.core.lean import DROPOUTS, IDENTITIES, LINEARS, Parts
-from peftlite.core.rows import Order, Runs, split
+from peftlite.core.rows import Order, Runs
 from peftlite.core.slots import View
 from peftlite.tuners.lora.blocks import rows_at_once
 from peftlite.tuners.lora.bound import globally_hooked
 from peftlite.tuners.lora.factors import in_base_dtype
 from peftlite.tuners.lora.passes import add_product, low_of
-from peftlite.tuners.lora.rooms import left, taken
+from peftlite.tuners.lora.rooms import left, parts, taken
 
 Factors = tuple[Tensor, Tensor, float]
 """A (r, in), B (out, r) and the scaling of one adapter."""
@@ -130,37 +130,32 @@ class LoraBank:
 
     def add_wide(self, x: Tensor, y: Tensor, runs: Runs, factors: Sequence[Factors]) -> None:
         """The same as `add` by way of copies in the factors' dtype, in rooms that are used again."""
-        dtype = factors[0][0].dtype
+        dtype, sizes = factors[0][0].dtype, tuple([size for _, size in runs])
         given, sums = taken(x.numel(), dtype), taken(y.numel(), dtype)
-        (wide_x, xs), (wide_y, ys) = given.views(*x.shape), sums.views(*y.shape)
+        wide_x, xs = given.views(sizes, x.shape[1])
+        wide_y, ys = sums.views(sizes, y.shape[1])
         wide_x.copy_(x)
         wide_y.copy_(y)
-        if len(runs) == len(xs):
-            self.add_vectors(xs, ys, runs, factors)
-        else:
-            self.add(wide_x, wide_y, runs, factors)
+        self.add_parts(xs, ys, runs, factors)
         y.copy_(wide_y)
         left(sums)
         left(given)
 
     def add(self, x: Tensor, y: Tensor, runs: Runs, factors: Sequence[Factors]) -> None:
         """Add to the vectors y what the groups' adapters give for the vectors x, both brought together by group."""
-        if len(runs) == x.shape[0] and y.dtype in (torch.float32, torch.float64):
-            self.add_vectors(x.unbind(0), y.unbind(0), runs, factors)
-            return
         sizes = [size for _, size in runs]
-        for (group, _), part, into in zip(runs, split(x, sizes), split(y, sizes), strict=True):
-            if (at := self.places[group]) is not None:
-                A, B, s = factors[at]
-                into.addmm_(torch.mm(part, A.t()), B.t(), alpha=s)
+        self.add_parts(parts(x, sizes), parts(y, sizes), runs, factors)
 
-    def add_vectors(self, xs: Sequence[Tensor], ys: Sequence[Tensor], runs: Runs, factors: Sequence[Factors]) -> None:
-        """The same where every vector is alone in its group."""
-        mv = torch.mv
+    def add_parts(self, xs: Sequence[Tensor], ys: Sequence[Tensor], runs: Runs, factors: Sequence[Factors]) -> None:
+        """The same for the groups' matrices, or vectors where each is alone in its group."""
+        alone, mv, linear = xs[0].dim() == 1, torch.mv, F.linear
         for at, x, y in zip([self.places[group] for group, _ in runs], xs, ys, strict=True):
             if at is not None:
                 A, B, s = factors[at]
-                y.addmv_(B, mv(A, x), alpha=s)
+                if alone:
+                    y.addmv_(B, mv(A, x), alpha=s)
+                else:
+                    y.addmm_(linear(x, A), B.t(), alpha=s)
 
     def by_group(self, x: Tensor, order: Order, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Tensor:
         """Scaled B A x for all rows, group by group; differentiable."""

@@ -6,13 +6,16 @@ New memory of this size costs as much as the copies: it is fetched from the syst
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from peftlite.core.rows import split
+
 MOST = 1 << 23  # bytes of a room that is kept
 _FREE = 2  # rooms that a thread keeps: for an input and for an output
-_SHAPES = 4  # for which a room keeps its vectors
+_SHAPES = 4  # for which a room keeps its views
 
 
 class Room:
@@ -23,19 +26,26 @@ class Room:
         self.dtype = dtype
         with torch.inference_mode(False):  # it is also written to where that mode is off
             self.memory = torch.empty(size, dtype=dtype, device="cpu")
-        self.shaped: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self.shaped: dict[tuple[tuple[int, ...], int], tuple[Tensor, tuple[Tensor, ...]]] = {}
 
-    def views(self, rows: int, width: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(a matrix (rows, width), its rows)."""
-        found = self.shaped.get((rows, width))
+    def views(self, sizes: tuple[int, ...], width: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(a matrix (rows, width), its parts of so many rows)."""
+        found = self.shaped.get((sizes, width))
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                matrix = self.memory[: rows * width].view(rows, width)
-                found = matrix, matrix.unbind(0)
+                matrix = self.memory[: sum(sizes) * width].view(-1, width)
+                found = matrix, parts(matrix, sizes)
             if len(self.shaped) >= _SHAPES:
                 self.shaped.clear()
-            self.shaped[rows, width] = found
+            self.shaped[sizes, width] = found
         return found
+
+
+def parts(matrix: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """So many rows each; vectors where each is one, and the dtype is one in which products of vectors are fast."""
+    if len(sizes) == matrix.shape[0] and matrix.dtype in (torch.float32, torch.float64):
+        return matrix.unbind(0)
+    return split(matrix, sizes)
 
 
 class _Free(threading.local):
