@@ -236,6 +236,15 @@ CASES: dict[str, Case] = {
             "layer": lambda m: next(layers(m)).set_adapter(["other", "defalt"]),
         }.items()
     },
+    **{
+        f"name-not-a-string-{name}": Case(
+            wrapped, call, errors.AdapterNameError, ("`['other']`", "Nothing was changed")
+        )
+        for name, call in {
+            "set_adapter": lambda m: m.set_adapter(["other", ["other"]]),
+            "adapter_names": lambda m: m(torch.zeros(2, 1, dtype=torch.long), adapter_names=["other", ["other"]]),
+        }.items()
+    },
     # ---- states
     **{
         f"bare-{call.__name__}": Case(plain, call, errors.NoAdapterError, ("LlamaForCausalLM has no adapters",))

@@ -29,7 +29,7 @@ SAME: Literal["same"] = "same"
 
 _BLOCK = 1 << 18  # elements merged at a time: temporaries stay in cache, and small beside the weight
 _SMALL_BLOCK = 1 << 13  # below which the calls would cost more than the numbers
-_BLOCKS = 128
+_BLOCKS = 128  # into which a weight is divided, within these bounds
 
 
 class MergingLayer(ScalingLayer):

@@ -207,7 +207,7 @@ def check_rows(state: AdapterState, rows: Sequence[str | None] | Tensor) -> tupl
     if isinstance(rows, str) or not len(rows):
         raise StateError(f"`adapter_names` is `{rows}`; it must be a list with one name per row. Nothing was changed.")
     names = tuple(BASE if name is None else name for name in rows)
-    if not set(names) - {BASE} <= state.configs.keys():
+    if set(map(type, names)) != {str} or not set(names) - {BASE} <= state.configs.keys():
         state.checked(name for name in names if name != BASE)
     return names
 

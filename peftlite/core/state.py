@@ -99,13 +99,13 @@ class AdapterState:
 
         Raises: AdapterNameError for a name that is unknown.
         """
-        wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+        wanted = (names,) if isinstance(names, str) else tuple(names)
         for name in wanted:
-            if name not in self.configs:
+            if not isinstance(name, str) or name not in self.configs:
                 raise AdapterNameError(
                     f"There is no adapter `{name}`; nearest: {nearest(str(name), self.configs)}. Nothing was changed."
                 )
-        return wanted
+        return tuple(dict.fromkeys(wanted))
 
     def new_place(self) -> int:
         """A place that no layer of this model ever had."""

@@ -103,5 +103,5 @@ def put_(x: Tensor, new: Tensor, ones: Tensor) -> None:
 
 
 def kept(x: Tensor, bits: Tensor | None) -> Tensor:
-    """The same by multiplication, which has gradients."""
+    """Zeros in place of what is not kept of x, by multiplication, which has gradients."""
     return x if bits is None else x * opened(bits, torch.empty(x.shape, dtype=torch.int16, device=x.device))
