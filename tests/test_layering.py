@@ -49,6 +49,7 @@ CORE = (
     "scaling",
     "merging",
     "tied",
+    "stored",
     "edited",
     "layer",
     "targets",

@@ -16,8 +16,6 @@ from peftlite.core.slots import (
     NEW_WEIGHT,
     BufferSlot,
     Numbers,
-    Slot,
-    SlotContainer,
     View,
     Watched,
     parameters_in,
@@ -25,24 +23,20 @@ from peftlite.core.slots import (
     set_mode,
 )
 from peftlite.core.state import BASE, AdapterState
-from peftlite.core.tied import TiedLayer
+from peftlite.core.stored import StoredLayer
 from peftlite.core.transaction import atomic, drop, keep, put, put_in_all
 from peftlite.core.variant import Bank, Program, TunerSpec, Variant
-from peftlite.core.written import differ
 from peftlite.errors import StateError
 
 _DERIVED = ("_program", "_host", "_owner", "_stamp")
 
 
-class AdapterLayer(TiedLayer):
+class AdapterLayer(StoredLayer):
     """A base layer and its adapters: `base_layer`, then one container per slot, keyed by adapter name.
 
     What is active is bound to `_program` when it is set; forward runs that program, or the one that the current `Call`
     has for this layer. The adapters' maths lives in their variants, the base layer's in its host.
     """
-
-    used: tuple[Slot, ...]
-    """The slots in which any adapter ever had something here."""
 
     def __init__(self, base_layer: nn.Module, tuner: TunerSpec, state: AdapterState, param: str | None = None) -> None:
         super().__init__()
@@ -114,11 +108,6 @@ class AdapterLayer(TiedLayer):
             self.unbind()
 
     # ---- adapters
-    def container(self, slot: str) -> SlotContainer:
-        """One slot's container of all adapters."""
-        found: Any = self._modules[slot]
-        return found  # type: ignore[no-any-return]
-
     def add(self, name: str, variant: Variant, values: Mapping[str, Any]) -> None:
         """Attach an adapter whose tensors and numbers `variant.init` made; whether they train, the state says."""
         if variant.mixes and name not in self.state.mixing:
@@ -178,58 +167,6 @@ class AdapterLayer(TiedLayer):
         put(self.leaders, name, leader)
         put(leader.followers, name, [*leader.followers.get(name, ()), self])
         self.add(name, variant, variant.follow(self.host, View(leader, name)))
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """File suffix -> live tensor of one adapter, such as {"lora_A.weight": ..., "lora_B.weight": ...}."""
-        found: dict[str, Tensor] = {}
-        modules: Any = self._modules
-        for slot in self.used:
-            held = modules[slot.name].held
-            if name in held:
-                for suffix, _, tensor in slot.suffixes(held[name]):
-                    found[suffix] = tensor
-        return found
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """File suffix -> key in this layer's state dict, of one adapter."""
-        found = {}
-        for slot in self.used:
-            container = self.container(slot.name)
-            for suffix, attribute, _ in slot.suffixes(container[adapter_name]) if adapter_name in container else ():
-                found[suffix] = f"{slot.name}.{adapter_name}.{attribute}".rstrip(".")
-        return found
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if self.merged_adapters:
-            self._check_loadable(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _check_loadable(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Refuse a state dict with other values for what is merged here: to unmerge would lose them, or none see them.
-
-        Raises: StateError.
-        """
-        ours = self.base_tensors(prefix)
-        for name in self.merged_adapters:
-            tensors, places = self.tensors(name), self.adapter_state_dict_load_map(name)
-            ours |= {f"{prefix}{places[suffix]}": tensor for suffix, tensor in tensors.items()}
-        if (
-            key := next((key for key in ours if key in state_dict and differ(ours[key], state_dict[key])), None)
-        ) is None:
-            return
-        names = ", ".join(f"`{name}`" for name in self.merged_adapters)
-        raise StateError(
-            f"`{key}` of a state dict has other values than the model, where {names} is merged: they may be the base "
-            "layer's own, or have adapters in them. Unmerge, load, and merge again. Nothing was changed in this layer."
-        )
-
-    def base_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Key in a state dict -> tensor, of what adapters are merged into."""
-        module: Any = self
-        while isinstance(module, AdapterLayer):
-            prefix, module = f"{prefix}{module.tuner.base_slot}.", module.wrapped
-        own = module._parameters
-        return {f"{prefix}{name}": own[name] for name in self.host.written if name in own}
 
     @atomic
     def assign(self, name: str, suffix: str, tensor: Tensor) -> None:

@@ -14,40 +14,38 @@ from torch import Tensor, nn
 
 from peftlite.base_tuner import (
     BaseTuner,
-    Wrapper,
     check_bare,
     check_kind,
     is_checkpointing,
     require_gradients_of_inputs,
     tuner_model_for,
 )
-from peftlite.config import PeftConfig, PeftType, TaskType
+from peftlite.config import PeftConfig, TaskType
 from peftlite.core import lifecycle
 from peftlite.core.inject import check_config, inject
 from peftlite.core.modes import evaluate
 from peftlite.core.rows import check_batch
 from peftlite.core.targets import UnmatchedPolicy
 from peftlite.core.transaction import atomic
-from peftlite.core.tree import base_model_of, layers
-from peftlite.errors import StateError, UnsupportedFeatureError
+from peftlite.core.tree import base_model_of
+from peftlite.errors import UnsupportedFeatureError
+from peftlite.model.about import Reporting
 from peftlite.registry import later
 from peftlite.tuners.lora.values import LoraRuntimeConfig
 
 if TYPE_CHECKING:
     from peftlite.checkpoint import adapters, card, hub, report
-    from peftlite.core import status
 else:
     adapters = later("peftlite.checkpoint.adapters")
     card = later("peftlite.checkpoint.card")
     hub = later("peftlite.checkpoint.hub")
     report = later("peftlite.checkpoint.report")
-    status = later("peftlite.core.status")
 
 TASK_MODELS: dict[TaskType, type[PeftModel]] = {}
 """The wrapper class of each task."""
 
 
-class PeftModel(Wrapper):
+class PeftModel(Reporting):
     """A model with adapters: `base_model` is the tuner's wrapper (`LoraModel`), `base_model.model` the model itself.
 
     Args:
@@ -60,9 +58,6 @@ class PeftModel(Wrapper):
 
     Raises: StateError if `model` has adapters, and what `peftlite.plan` raises; the model is then as it was.
     """
-
-    inside = "base_model"
-    base_model: BaseTuner
 
     def __init_subclass__(cls, task: TaskType | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -135,66 +130,6 @@ class PeftModel(Wrapper):
         rows = lifecycle.use_adapter_per_row(self, names)
         check_batch(names, args, kwargs)
         return rows
-
-    # ---- what there is
-    @property
-    def active_adapter(self) -> str | None:
-        """The first of the adapters in use."""
-        return next(iter(self.active_adapters), None)
-
-    @property
-    def active_peft_config(self) -> PeftConfig:
-        """The config of the first adapter in use."""
-        name = self.active_adapter
-        if name is None:
-            raise StateError("No adapter is active: call `set_adapter` first.")
-        return self.peft_config[name]
-
-    @property
-    def peft_type(self) -> PeftType:
-        """The kind of all its adapters."""
-        return self.base_model.kind
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        """The names of the modules that any adapter trains whole."""
-        return {
-            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
-        } or None
-
-    @property
-    def base_model_torch_dtype(self) -> torch.dtype | None:
-        """The dtype that the base model says it has."""
-        return getattr(self.get_base_model(), "dtype", None)
-
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        """Whether a call made here and now would use any adapter."""
-        return any(enabled and active for enabled, active in map(status.in_use, layers(self)))
-
-    def get_base_model(self) -> nn.Module:
-        """The model inside the wrappers. It has its adapters: `unwrap` is the same, `unload` takes them out."""
-        return base_model_of(self)
-
-    def unwrap(self) -> nn.Module:
-        """The model with its adapters in place, without wrappers; nothing is copied. `peftlite.wrap` undoes it."""
-        return base_model_of(self)
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(parameters that require gradients, all parameters)."""
-        return status.count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, of how many."""
-        status.print_trainable_parameters(self)
-
-    def get_layer_status(self) -> list[status.TunerLayerStatus]:
-        """One report for each adapter layer."""
-        return status.get_layer_status(self)
-
-    def get_model_status(self) -> status.TunerModelStatus:
-        """One report for the whole model."""
-        return status.get_model_status(self)
 
     # ---- more adapters
     def add_adapter(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftlite.tuners.lora.blocks import is_large, widened
+from peftlite.tuners.lora.blocks import is_large, wide_blocks
 
 
 class Scaled(torch.autograd.Function):
@@ -29,7 +29,7 @@ class Scaled(torch.autograd.Function):
         gs = torch.zeros_like(scale) if need_scale else None
         if gs is not None:
             g, flat = grad.reshape(-1, len(scale)), y.reshape(-1, len(scale))
-            for rows, wide in widened(g, scale.dtype):
+            for rows, wide in wide_blocks(g, scale.dtype):
                 gs += wide.mul_(flat[rows]).sum(0)
         return times(grad, scale).to(y.dtype) if need_y else None, gs
 
@@ -38,7 +38,7 @@ def times(y: Tensor, scale: Tensor) -> Tensor:
     """The product, without gradients."""
     flat, result = y.reshape(-1, len(scale)), torch.empty_like(y, memory_format=torch.contiguous_format)
     into = result.view(-1, len(scale))
-    for rows, wide in widened(flat, scale.dtype):
+    for rows, wide in wide_blocks(flat, scale.dtype):
         into[rows].copy_(wide.mul_(scale))
     return result
 

@@ -272,14 +272,14 @@ def test_wide_copies_of_blocks_use_the_same_memory(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(blocks, "LARGE", 3 * IN)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     x, found, places = torch.randn(7, IN).bfloat16(), [], set()
-    for rows, wide in blocks.widened(x, torch.float32):
+    for rows, wide in blocks.wide_blocks(x, torch.float32):
         assert torch.equal(wide, x[rows].float())
         found.append((rows.start, len(wide)))
         places.add(wide.data_ptr())
         wide.zero_()
     assert found == [(0, 3), (3, 3), (6, 1)]
     assert len(places) == 1
-    assert not list(blocks.widened(x[:0], torch.float32))
+    assert not list(blocks.wide_blocks(x[:0], torch.float32))
 
 
 @pytest.mark.parametrize("shape", [(32, 9), (3, 7), (1, 1), (16, 16), (5, 48)])

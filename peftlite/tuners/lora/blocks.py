@@ -46,7 +46,7 @@ def begin(memory: Tensor, count: int) -> Tensor:
     return memory if count == len(memory) else memory[:count]
 
 
-def widened(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def wide_blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The blocks of a matrix, each with a copy in another dtype, which the next one's will overwrite."""
     wide = room(matrix, dtype)
     for rows in blocks(matrix):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlite.core.slots import HALF_DTYPES
-from peftlite.tuners.lora.blocks import begin, blocks, cut, is_large, room, widened
+from peftlite.tuners.lora.blocks import begin, blocks, cut, is_large, room, wide_blocks
 from peftlite.tuners.lora.masks import dropped, kept_of, put_
 
 
@@ -47,7 +47,7 @@ def entries(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     All rows at once in half precision, whose kernels are slow to start, if nothing is made of them.
     """
     if x.dtype != dtype:
-        return widened(x, dtype)
+        return wide_blocks(x, dtype)
     if dtype in HALF_DTYPES:
         return iter(((slice(0, len(x)), x),))
     return ((rows, cut(x, rows)) for rows in blocks(x))
@@ -59,7 +59,7 @@ def low_of(x: Tensor, bits: Tensor | None, A: Tensor) -> Tensor:
         return F.linear(x.to(A.dtype), A)
     u, At = A.new_empty(len(x), len(A)), A.t()
     if bits is None:
-        for rows, part in widened(x, A.dtype):
+        for rows, part in wide_blocks(x, A.dtype):
             set_product(cut(u, rows), part, At)
         return u
     rooms = rooms_for(x, A.dtype)
@@ -91,7 +91,7 @@ def add_product(y: Tensor, u: Tensor, B: Tensor, s: float = 1.0) -> None:
     if y.dtype == u.dtype:
         y.addmm_(u, B, alpha=s)
     elif (sums := torch.promote_types(y.dtype, u.dtype)) == u.dtype:
-        for rows, wide in widened(y, sums):
+        for rows, wide in wide_blocks(y, sums):
             cut(y, rows).copy_(wide.addmm_(cut(u, rows), B, alpha=s))
     else:
         for rows in blocks(y):
