@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as save_bytes
 
 from peftlite import reading
-from peftlite.checkpoint import files, tensorfile, tensorwriting
+from peftlite.checkpoint import files, pieces, tensorfile
 from peftlite.checkpoint.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from peftlite.errors import AdapterFilesNotFoundError, CheckpointError
 
@@ -151,12 +152,70 @@ def test_a_file_is_the_same_however_much_is_written_at_once(
         return writev(handle, [whole[: min(len(whole), 5)]])
 
     monkeypatch.setattr(os, "writev", some)
-    monkeypatch.setattr(tensorwriting, "CHUNK", at_once)
-    monkeypatch.setattr(tensorwriting, "PIECES", 3)
+    monkeypatch.setattr(pieces, "CHUNK", at_once)
+    monkeypatch.setattr(pieces, "PIECES", 3)
     write_adapter(tmp_path / "other", TEXT, MIXED)
     weights = [(tmp_path / name / SAFETENSORS_WEIGHTS_NAME).read_bytes() for name in ("plain", "other")]
     assert weights[0] == weights[1]
     assert max(calls) == {1: 1, 7: 2, 64: 3, 1 << 20: 3}[at_once]
+
+
+def test_a_file_is_the_same_where_the_system_writes_one_piece_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(tmp_path / "plain", TEXT, MIXED)
+    monkeypatch.delattr(os, "writev", raising=False)
+    write_adapter(tmp_path / "other", TEXT, MIXED)
+    weights = [(tmp_path / name / SAFETENSORS_WEIGHTS_NAME).read_bytes() for name in ("plain", "other")]
+    assert weights[0] == weights[1]
+
+
+def _unknown(name: str) -> int:
+    raise ValueError("unrecognized configuration name")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [(lambda name: 1024, 1024), (lambda name: 16, 16), (lambda name: -1, 16), (_unknown, 16), (None, 16)],
+    ids=["many", "few", "no limit known", "no such name", "no such function"],
+)
+def test_the_system_says_how_many_pieces_it_takes(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], int] | None, expected: int
+) -> None:
+    if answer is None:
+        monkeypatch.delattr(os, "sysconf", raising=False)
+    else:
+        monkeypatch.setattr(os, "sysconf", answer, raising=False)
+    assert pieces.pieces_at_once() == expected
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such calls")
+def test_a_system_that_takes_few_pieces_is_given_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv, writev, counts = os.preadv, os.writev, {"read": 0, "written": 0}
+
+    def counted(what: str, pieces: Sequence[Any]) -> None:
+        if len(pieces) > 16:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        counts[what] = max(counts[what], len(pieces))
+
+    def read(handle: int, places: Sequence[Any], at: int) -> int:
+        counted("read", places)
+        return preadv(handle, places, at)
+
+    def written(handle: int, pieces: Sequence[memoryview]) -> int:
+        counted("written", pieces)
+        return writev(handle, pieces)
+
+    monkeypatch.setattr(os, "sysconf", lambda name: 16)
+    for module in (tensorfile, pieces):
+        monkeypatch.setattr(module, "PIECES", pieces.pieces_at_once())
+    monkeypatch.setattr(tensorfile, "_preadv", read)
+    monkeypatch.setattr(os, "writev", written)
+    many = {f"{at:03}": torch.tensor([float(at)]) for at in range(100)}
+    write_adapter(tmp_path, TEXT, many)
+    with read_adapter(tmp_path) as found:
+        assert same(dict(tensorfile.read_each(found.tensors, many)), many)
+    assert counts == {"read": 16, "written": 16}
 
 
 def test_a_tensor_read_does_not_change_with_the_file(tmp_path: Path) -> None:
@@ -228,7 +287,12 @@ def test_a_tensor_that_is_not_finite_is_found(
     assert tensorfile.MemoryTensors(given).not_finite() == key
 
 
-def test_tensors_of_all_kinds_are_read_into_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("many_at_once", [True, False], ids=["many at once", "one at a time"])
+def test_tensors_of_all_kinds_are_read_into_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many_at_once: bool
+) -> None:
+    if not many_at_once:
+        monkeypatch.setattr(tensorfile, "_preadv", None)
     write_adapter(tmp_path, TEXT, MIXED)
     places = {key: torch.zeros_like(tensor) for key, tensor in MIXED.items()}
     places["c"] = torch.zeros(2, 3).t()

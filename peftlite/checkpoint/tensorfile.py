@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from peftlite.checkpoint.keys import shown
+from peftlite.checkpoint.pieces import CHUNK, PIECES
 from peftlite.core.room import in_bytes, is_plain
 from peftlite.core.transaction import write
 from peftlite.errors import CheckpointError, warn
@@ -30,14 +31,9 @@ from peftlite.reading import without_repeats
 
 MAX_HEADER = 32 << 20
 """Bytes; 200,000 tensors with long names fit."""
-
-CHUNK = 16 << 20
-"""Bytes that are read or written in one go."""
 METADATA = "__metadata__"
-PIECES = 512
-"""Pieces of memory that one call of the system takes; 1024 on most."""
 _LOOK = 1 << 20  # what fits into a processor's cache
-_preadv: Callable[[int, Sequence[Any], int], int] | None = getattr(os, "preadv", None)
+_preadv: Callable[[int, Sequence[Any], int], int] | None = getattr(os, "preadv", None)  # not on Windows
 _DTYPES = {
     # in the order in which files are laid out
     "U64": "uint64",

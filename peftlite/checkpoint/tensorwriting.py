@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, BinaryIO
 
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from peftlite.checkpoint.keys import shown
-from peftlite.checkpoint.tensorfile import CHUNK, CODES, METADATA, PIECES, RANK, TensorInfo, bytes_of, swap_bytes
+from peftlite.checkpoint.pieces import CHUNK, write_pieces
+from peftlite.checkpoint.tensorfile import CODES, METADATA, RANK, TensorInfo, bytes_of, swap_bytes
 from peftlite.errors import CheckpointError
 
 
@@ -36,38 +36,6 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
     values = (chunk for key in infos for chunk in chunks(plain.pop(key)))
     write_pieces(file, chain([memoryview(header)], values))
     return zlib.crc32(header[8:])
-
-
-def write_pieces(file: BinaryIO, pieces: Iterable[memoryview]) -> None:
-    """Write these at the end of a file, many in each call of the system, which then needs fewer pages to keep them."""
-    if sys.platform == "win32":
-        for piece in pieces:
-            file.write(piece)
-        return
-    file.flush()
-    batch: list[memoryview] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece)
-        if size >= CHUNK or len(batch) == PIECES:
-            _write_batch(file.fileno(), batch)
-            batch, size = [], 0
-    _write_batch(file.fileno(), batch)
-
-
-def _write_batch(handle: int, pieces: Sequence[memoryview]) -> None:
-    while pieces:
-        pieces = _after(pieces, os.writev(handle, pieces))
-
-
-def _after(pieces: Sequence[memoryview], count: int) -> Sequence[memoryview]:
-    """What is left of these without their first bytes."""
-    for at, piece in enumerate(pieces):
-        if count < len(piece):
-            return [piece[count:], *pieces[at + 1 :]]
-        count -= len(piece)
-    return []
 
 
 def laid_out(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
