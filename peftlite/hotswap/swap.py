@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from peftlite.checkpoint.state_dict import bare, key_prefix
 from peftlite.checkpoint.targets import BaseTarget, Targets, live_targets
 from peftlite.checkpoint.tensorfile import MemoryTensors, TensorInfo, TensorSource
 from peftlite.config import HubOptions, PeftConfig, config_from_dict
+from peftlite.core import lifecycle
 from peftlite.core.binding import rebind
 from peftlite.core.layer import AdapterLayer
-from peftlite.core.lifecycle import merged_adapters, state_of
 from peftlite.core.transaction import atomic, keep_values, put, write
 from peftlite.core.tree import base_model_of
 from peftlite.errors import CheckpointError, ConfigError, StateError, warn
@@ -108,14 +108,15 @@ class VisibleSource(TensorSource, Protocol):
 def swap(model: nn.Module, name: str, config: PeftConfig, source: VisibleSource) -> None:
     """Plan, read, check, and then carry out."""
     model = bare(model)
-    state = state_of(model)
+    state, layers = lifecycle.adapted(model)
     state.checked(name)
-    if name in merged_adapters(model):
+    if any(name in layer.merged_adapters for layer in layers):
         raise StateError(f"Adapter `{name}` is merged: call `unmerge_adapter` first. Nothing was changed.")
-    own = state.configs[name]
-    config, source = for_layers_of_now(model, config, source)
+    own, held = state.configs[name], Live.of(model, name)
+    if not held.known.keys() >= source.infos.keys():
+        config, source = for_layers_of_now(model, config, source)
     check_hotswap_configs_compatible(own, config)
-    planned = Swap.planned(model, name, lora_config(own), lora_config(config), source.infos)
+    planned = Swap.planned(held, lora_config(own), lora_config(config), source.infos)
     planned.check(source)
     copies, replaced = planned.values(source)
     if planned.outgrown:
@@ -135,13 +136,38 @@ def swap(model: nn.Module, name: str, config: PeftConfig, source: VisibleSource)
     for layer, r, alpha, scaling in planned.numbers:
         put_numbers(layer, name, r, alpha, scaling)
     put(state.configs, name, planned.config)
-    rebind(model, state)  # now, and not in the next call, which may be compiled
+    rebind(model, state, layers)  # now, and not in the next call, which may be compiled
 
 
 def for_layers_of_now(model: nn.Module, config: PeftConfig, source: VisibleSource) -> tuple[PeftConfig, VisibleSource]:
     """A file's config and tensors for the layers that the model has, where those that they are about were fused."""
     now, tensors = as_now(base_model_of(model), config, source, "The other adapter", True)
     return (config, source) if tensors is source else (now, MemoryTensors({k: tensors.read(k) for k in tensors.infos}))
+
+
+class Live(NamedTuple):
+    """The tensors that an adapter has now."""
+
+    model: nn.Module
+    name: str
+    layers: list[AdapterLayer]
+    tensors: dict[int, dict[str, Tensor]]
+    """By a layer's id: suffix -> live tensor."""
+    known: dict[str, tuple[int, str]]
+    """Key in files -> a layer's id, suffix."""
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str) -> Live:
+        """Found by walking over the model."""
+        live = cls(model, name, [], {}, {})
+        for spot in spots(base_model_of(model), name):
+            if isinstance(spot.module, AdapterLayer):
+                at = id(spot.module)
+                live.layers.append(spot.module)
+                live.tensors[at] = tensors = spot.module.tensors(name)
+                for suffix in tensors:
+                    live.known[file_key(spot.path, suffix)] = at, suffix
+        return live
 
 
 @dataclass
@@ -175,19 +201,17 @@ class Swap:
     """Keys of the base model's own tensors, which must not differ."""
 
     @classmethod
-    def planned(
-        cls, model: nn.Module, name: str, own: LoraConfig, new: LoraConfig, infos: Mapping[str, TensorInfo]
-    ) -> Swap:
+    def planned(cls, live: Live, own: LoraConfig, new: LoraConfig, infos: Mapping[str, TensorInfo]) -> Swap:
         """The plan.
 
         Raises: CheckpointError for tensors that do not fit, ConfigError.
         """
-        found = cls(own)
-        live, given = found.places(model, name, infos)
+        found, model, name = cls(own), live.model, live.name
+        given = found.places(live, infos)
         numbers: dict[str, tuple[int, float]] = {}
         layers = {path: layer for path, layer in adapted(model) if name in layer.variants}
         for path, layer in layers.items():
-            step = Step(layer, live[id(layer)], given.get(id(layer), {}))
+            step = Step(layer, live.tensors[id(layer)], given.get(id(layer), {}))
             found.steps.append(step)
             if layer.tuner is not LORA:
                 check_fits(path, step, infos, {})
@@ -201,37 +225,26 @@ class Swap:
             found.numbers.append((layers[path], r, found.config.alpha_for(path), found.config.scaling_for(path)))
         return found
 
-    def places(
-        self, model: nn.Module, name: str, infos: Mapping[str, TensorInfo]
-    ) -> tuple[dict[int, dict[str, Tensor]], dict[int, dict[str, str]]]:
-        """By a layer's id: suffix -> live tensor, and suffix -> key of the tensor for it.
+    def places(self, live: Live, infos: Mapping[str, TensorInfo]) -> dict[int, dict[str, str]]:
+        """By a layer's id: suffix -> key of the tensor for it.
 
         Raises: CheckpointError for a tensor that has no place.
         """
-        live: dict[int, dict[str, Tensor]] = {}
-        known: dict[str, tuple[int, str]] = {}
-        slots: set[str] = set()
-        for spot in spots(base_model_of(model), name):
-            if isinstance(spot.module, AdapterLayer):
-                at = id(spot.module)
-                live[at] = spot.module.tensors(name)
-                known.update((file_key(spot.path, suffix), (at, suffix)) for suffix in live[at])
-                slots.update(slot.name for slot in spot.module.tuner.slots)
         given: dict[int, dict[str, str]] = {}
         more: Targets | None = None
-        for key, old in file_keys(model, name, infos, known, slots).items():
-            if key in known:
-                at, suffix = known[key]
+        for key, old in file_keys(live, infos).items():
+            if key in live.known:
+                at, suffix = live.known[key]
                 given.setdefault(at, {})[suffix] = old
                 continue
-            more = live_targets(model, name, self.config) if more is None else more
+            more = live_targets(live.model, live.name, self.config) if more is None else more
             place = more.places.get(key)
             if isinstance(place, BaseTarget):
                 self.unmoved.append((old, place))
             elif key not in more.ignored:
-                near = "".join(f"; nearest: {shown(other)}" for other in nearest_keys(key, known))
+                near = "".join(f"; nearest: {shown(other)}" for other in nearest_keys(key, live.known))
                 raise CheckpointError(f"The adapter has no place for {shown(key)}{near}. Nothing was changed.")
-        return live, given
+        return given
 
     def plan(self, place: Place, step: Step, infos: Mapping[str, TensorInfo], new: LoraConfig) -> tuple[int, float]:
         """Complete a layer's step; gives the rank and scaling that the layer then has.
@@ -290,17 +303,16 @@ class Swap:
         return copies, replaced
 
 
-def file_keys(
-    model: nn.Module, name: str, keys: Iterable[str], known: Collection[str], slots: Collection[str]
-) -> dict[str, str]:
+def file_keys(live: Live, keys: Iterable[str]) -> dict[str, str]:
     """File key -> the key that a tensor came with, which may be any of the usual ones."""
-    given = {key: key for key in keys}
-    if all(key in known for key in given):
+    given, known = {key: key for key in keys}, live.known
+    if given.keys() <= known.keys():
         return given
-    prefix = key_prefix(model)
+    prefix = key_prefix(live.model)
+    slots = {slot.name for layer in live.layers for slot in layer.tuner.slots}
     forms = [given]
     plain = {unwrapped(key): key for key in keys}
-    nameless = {strip_adapter(key, name, slots) or key: old for key, old in plain.items()}
+    nameless = {strip_adapter(key, live.name, slots) or key: old for key, old in plain.items()}
     for form in (plain, nameless):
         forms += [form, {PREFIX + key.removeprefix(prefix): old for key, old in form.items()}]
     return max(forms, key=lambda form: sum(key in known for key in form))
