@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     )
     from peftlite.checkpoint.adapters import load_adapter, save_adapter
     from peftlite.checkpoint.attention import double_out_proj
+    from peftlite.checkpoint.base import get_base_model_state_dict, set_base_model_state_dict
     from peftlite.checkpoint.report import LoadReport
     from peftlite.checkpoint.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+    from peftlite.checkpoint.weights import load_peft_weights
     from peftlite.config import PeftConfig, PeftType, TaskType
     from peftlite.convert import convert_to_lora, extract_lora, save_as_lora
     from peftlite.core.inject import inject, plan
@@ -61,7 +63,12 @@ if TYPE_CHECKING:
         print_trainable_parameters,
     )
     from peftlite.entry import get_peft_model, inject_adapter_in_model, wrap
-    from peftlite.helpers import check_if_peft_model, disable_input_dtype_casting, rescale_adapter_scale
+    from peftlite.helpers import (
+        cast_mixed_precision_params,
+        check_if_peft_model,
+        disable_input_dtype_casting,
+        rescale_adapter_scale,
+    )
     from peftlite.hotswap import (
         check_hotswap_configs_compatible,
         hotswap_adapter,
@@ -71,6 +78,12 @@ if TYPE_CHECKING:
     from peftlite.integrations.quantised.training import prepare_model_for_kbit_training
     from peftlite.integrations.transformers.adalora import AdaLoraCallback
     from peftlite.integrations.transformers.baking import merge_checkpoint
+    from peftlite.mapping import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+        get_peft_config,
+    )
     from peftlite.model import (
         PeftModel,
         PeftModelForCausalLM,
@@ -110,6 +123,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "AdaLoraCallback",
     "AdaLoraConfig",
     "AdaLoraModel",
@@ -157,6 +173,7 @@ __all__ = [
     "active_adapters",
     "adapter_ids",
     "add_weighted_adapter",
+    "cast_mixed_precision_params",
     "check_hotswap_configs_compatible",
     "check_if_peft_model",
     "convert_to_lora",
@@ -171,9 +188,11 @@ __all__ = [
     "enable_adapters",
     "errors",
     "extract_lora",
+    "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
@@ -182,6 +201,7 @@ __all__ = [
     "inject",
     "inject_adapter_in_model",
     "load_adapter",
+    "load_peft_weights",
     "merge_adapter",
     "merge_and_unload",
     "merge_checkpoint",
@@ -200,6 +220,7 @@ __all__ = [
     "save_as_lora",
     "scale_adapter",
     "set_adapter",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "set_requires_grad",
     "set_runtime_config",
@@ -233,8 +254,10 @@ _HOMES = {
     ),
     "peftlite.checkpoint.adapters": ("load_adapter", "save_adapter"),
     "peftlite.checkpoint.attention": ("double_out_proj",),
+    "peftlite.checkpoint.base": ("get_base_model_state_dict", "set_base_model_state_dict"),
     "peftlite.checkpoint.report": ("LoadReport",),
     "peftlite.checkpoint.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "peftlite.checkpoint.weights": ("load_peft_weights",),
     "peftlite.config": ("PeftConfig", "PeftType", "TaskType"),
     "peftlite.convert": ("convert_to_lora", "extract_lora", "save_as_lora"),
     "peftlite.core.inject": ("inject", "plan"),
@@ -263,12 +286,23 @@ _HOMES = {
     ),
     "peftlite.entry": ("get_peft_model", "inject_adapter_in_model", "wrap"),
     "peftlite.integrations.quantised.training": ("prepare_model_for_kbit_training",),
-    "peftlite.helpers": ("check_if_peft_model", "disable_input_dtype_casting", "rescale_adapter_scale"),
+    "peftlite.helpers": (
+        "cast_mixed_precision_params",
+        "check_if_peft_model",
+        "disable_input_dtype_casting",
+        "rescale_adapter_scale",
+    ),
     "peftlite.hotswap": (
         "check_hotswap_configs_compatible",
         "hotswap_adapter",
         "hotswap_adapter_from_state_dict",
         "prepare_model_for_compiled_hotswap",
+    ),
+    "peftlite.mapping": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "get_peft_config",
     ),
     "peftlite.model": (
         "PeftModel",

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from peftlite.checks import check_choice, check_number
+from peftlite.checks import check_choice, check_number, wrong
 from peftlite.config import PeftConfig
 from peftlite.core.binding import rebind
 from peftlite.core.lifecycle import merged_adapters, state_of
-from peftlite.core.transaction import restoring
+from peftlite.core.transaction import atomic, on_failure, restoring
 from peftlite.core.tree import base_model_of, find_state, layers
 from peftlite.errors import PeftliteError, StateError
 
@@ -61,6 +62,20 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
             put(scalings, name, scaling * factor)
         rebind(model, state)
         yield
+
+
+@atomic
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """For training under autocast: parameters that train become fp32, all others `dtype`. Packed ones stay as they are.
+
+    Raises: ConfigError for what is no dtype of floating point numbers.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise wrong("dtype", dtype, "a dtype of floating point numbers, such as `torch.bfloat16`")
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            on_failure(partial(setattr, parameter, "data", parameter.data))
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 def put(scalings: Any, name: str, value: Any) -> None:

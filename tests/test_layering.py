@@ -27,7 +27,7 @@ ROOMS = (
     ("convert", "hotswap", "optimizers", "helpers"),
     ("base_tuner",),
     ("model",),
-    ("auto", "entry"),
+    ("auto", "entry", "mapping"),
     ("integrations",),
     ("standin",),
     ("as_peft", "cli", "_hooks"),

@@ -15,24 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from peftlite import entry
-from peftlite.base_tuner import TUNER_MODELS
-from peftlite.checkpoint.files import read_adapter
-from peftlite.checkpoint.hub import HubOptions, resolve
-from peftlite.config import PeftConfig, PeftType, config_class, config_from_dict
+from peftlite.config import PeftConfig
 from peftlite.core import leaving, lifecycle
 from peftlite.core.slots import HALF_DTYPES
 from peftlite.core.targets import TargetSpec, select
 from peftlite.core.tree import base_model_of, layers
 from peftlite.errors import PeftliteWarning, UnsupportedFeatureError
-from peftlite.model.wrapper import TASK_MODELS
 from peftlite.standin.kinds import BaseTunerLayer
 
 M = TypeVar("M", bound=nn.Module)
-
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {task.value: cls for task, cls in TASK_MODELS.items()}
-PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {kind: config_class(kind) for kind in TUNER_MODELS}
-_PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_"}
-PEFT_TYPE_TO_PREFIX_MAPPING = {kind: _PREFIXES.get(kind.value, f"{kind.value.lower()}_") for kind in TUNER_MODELS}
 
 
 # ---- adapters
@@ -88,24 +79,6 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
                 parameter.data = parameter.data.float()
 
 
-def load_peft_weights(
-    model_id: str | os.PathLike[str],
-    device: str | torch.device | None = None,
-    key_mapping: Mapping[str, str] | None = None,
-    **hub_options: Any,
-) -> dict[str, Tensor]:
-    """The tensors of an adapter's file, by their keys."""
-    if key_mapping:
-        raise NotImplementedError("`key_mapping` is an argument of `peftlite.load_adapter`. Nothing was changed.")
-    with read_adapter(resolve(model_id, HubOptions.from_kwargs(hub_options), config_file=False), config=False) as files:
-        return {key: files.tensors.read(key).to(device or infer_device()) for key in files.tensors.infos}
-
-
-def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
-    """The config that a dict with a `peft_type` describes."""
-    return config_from_dict(config_dict)
-
-
 def check_target_module_exists(config: PeftConfig, key: str) -> bool:
     """Whether a config's `target_modules` mean the module at this path."""
     return bool(select([key], TargetSpec.from_config(config)).targets)
@@ -142,22 +115,10 @@ def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     return weight.T if fan_in_fan_out else weight
 
 
-def infer_device() -> str:
-    """The kind of accelerator there is, or "cpu"."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if found is None else found.type
-
-
 def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
     """(device, address, size) of a tensor's memory: equal for tensors that share it."""
     storage = tensor.untyped_storage()
     return tensor.device, storage.data_ptr(), storage.nbytes()
-
-
-def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters that train become fp32, all others `dtype`."""
-    for parameter in model.parameters():
-        parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Any:

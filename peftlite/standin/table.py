@@ -40,7 +40,8 @@ _ERRORS = "PeftError=peftlite.errors:PeftliteError NoMatchingPeftModuleError=pef
 _WARNING = "PeftWarning=peftlite.errors:PeftliteWarning"
 _INJECT = "inject_adapter_in_model=peftlite.standin.functions:inject_adapter_in_model"
 _SAVE = (
-    "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights=peftlite.standin.functions:load_peft_weights"
+    "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights get_base_model_state_dict "
+    "set_base_model_state_dict"
 )
 _PATTERNS = (
     "INCLUDE_LINEAR_LAYERS_SHORTHAND=peftlite.core.targets:ALL_LINEAR "
@@ -50,16 +51,11 @@ _PATTERNS = (
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=peftlite.integrations.defaults:IA3_FEEDFORWARD"
 )
 _FUNCTIONS = "peftlite.standin.functions"
-_OTHER = _at(
-    _FUNCTIONS,
-    "_freeze_adapter _get_submodules cast_mixed_precision_params fsdp_auto_wrap_policy id_tensor_storage "
-    "infer_device transpose",
+_OTHER = (
+    f"cast_mixed_precision_params infer_device=peftlite.checkpoint.weights:infer_device "
+    f"{_at(_FUNCTIONS, '_freeze_adapter _get_submodules fsdp_auto_wrap_policy id_tensor_storage transpose')}"
 )
-_MAPPINGS = (
-    f"MODEL_TYPE_TO_PEFT_MODEL_MAPPING={_FUNCTIONS}:MODEL_TYPE_TO_PEFT_MODEL_MAPPING "
-    f"PEFT_TYPE_TO_CONFIG_MAPPING={_FUNCTIONS}:PEFT_TYPE_TO_CONFIG_MAPPING "
-    f"PEFT_TYPE_TO_TUNER_MAPPING=peftlite.base_tuner:TUNER_MODELS get_peft_config={_FUNCTIONS}:get_peft_config"
-)
+_MAPPINGS = "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING get_peft_config"
 _ABSENT = _at(
     "peftlite.standin.absent",
     "AdaptionPromptConfig OFTConfig PeftMixedModel PrefixTuningConfig PromptEncoderConfig "
@@ -113,8 +109,7 @@ MODULES: Final[dict[str, str]] = {
         (
             *(_CONFIGS, _MODELS, _PEFT_MODELS, _AUTO_HERE, _LORA, _TYPES, _MAPPINGS, _ABSENT, _ERRORS, _WARNING),
             *(_INJECT, _SAVE, "PeftConfig get_peft_model get_layer_status get_model_status convert_to_lora"),
-            "create_arrow_model prepare_model_for_kbit_training save_as_lora",
-            _at(_FUNCTIONS, "cast_mixed_precision_params"),
+            "cast_mixed_precision_params create_arrow_model prepare_model_for_kbit_training save_as_lora",
         )
     ),
     "peft.auto": _AUTO_HERE,
@@ -125,7 +120,7 @@ MODULES: Final[dict[str, str]] = {
     "peft.functional": f"{_INJECT} {_SWITCHES} get_peft_model_state_dict set_peft_model_state_dict",
     "peft.helpers": _HELPERS,
     "peft.import_utils": _AVAILABLE,
-    "peft.mapping": f"{_INJECT} {_MAPPINGS} {_at(_FUNCTIONS, 'PEFT_TYPE_TO_PREFIX_MAPPING')}",
+    "peft.mapping": f"{_INJECT} {_MAPPINGS} {_at('peftlite.mapping', 'PEFT_TYPE_TO_PREFIX_MAPPING')}",
     "peft.mapping_func": "get_peft_model",
     "peft.mixed_model": "PeftMixedModel=peftlite.standin.absent:PeftMixedModel",
     "peft.optimizers": _OPTIMIZERS,

@@ -184,6 +184,9 @@ CASES: dict[str, Case] = {
     "set_peft_model_state_dict": Case(
         in_place, lambda m, f: peftlite.set_peft_model_state_dict(m, get_weights(m, "a"), "a")
     ),
+    "set_base_model_state_dict": Case(
+        wrapped, lambda m, f: peftlite.set_base_model_state_dict(m, {k: v + 1 for k, v in bare().state_dict().items()})
+    ),
     "hotswap_adapter": Case(in_place, lambda m, f: peftlite.hotswap_adapter(m, f / "d", "b")),
     "hotswap into the tensors": Case(with_other_numbers, lambda m, f: peftlite.hotswap_adapter(m, f / "b", "b")),
     "prepare for hotswap": Case(
@@ -217,6 +220,7 @@ CASES: dict[str, Case] = {
     "scale_adapter": Case(in_place, lambda m, f: peftlite.scale_adapter(m, "a", 2.0)),
     "rescale_adapter_scale": Case(in_place, under(peftlite.rescale_adapter_scale, 0.5)),
     "disable_input_dtype_casting": Case(in_place, under(peftlite.disable_input_dtype_casting)),
+    "cast_mixed_precision_params": Case(alone, lambda m, f: peftlite.cast_mixed_precision_params(m, torch.float64)),
     "add_weighted_adapter": Case(
         in_place, lambda m, f: peftlite.add_weighted_adapter(m, ["b", "c"], [1.0, 0.5], "new", "linear")
     ),
