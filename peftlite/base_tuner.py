@@ -2,129 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
+from peftlite import defaults
 from peftlite.config import PeftConfig, PeftType
-from peftlite.core import leaving, lifecycle
-from peftlite.core.call import Call
 from peftlite.core.inject import check_config, inject
-from peftlite.core.merging import Undo
-from peftlite.core.transaction import atomic, keep, keep_all
-from peftlite.core.tree import Shell, base_model_of, find_state, named_layers
+from peftlite.core.layer import AdapterLayer
+from peftlite.core.transaction import atomic
+from peftlite.core.tree import find_state, named_layers
 from peftlite.core.variant import tuner_for
-from peftlite.errors import AdapterNameError, ConfigError, StateError, nearest
+from peftlite.errors import AdapterNameError, nearest
 from peftlite.registry import later
+from peftlite.wrapping import Wrapper, check_bare, check_kind
 
 if TYPE_CHECKING:
+    from peftlite import kinds
+    from peftlite.checkpoint import convert, state_dict
     from peftlite.tuners import combine
     from peftlite.tuners.adalora import allocation
     from peftlite.tuners.lora import lowrank
 else:
+    kinds = later("peftlite.kinds")
+    convert = later("peftlite.checkpoint.convert")
+    state_dict = later("peftlite.checkpoint.state_dict")
     combine = later("peftlite.tuners.combine")
     allocation = later("peftlite.tuners.adalora.allocation")
     lowrank = later("peftlite.tuners.lora.lowrank")
 
 
-class Wrapper(Shell):
-    """A module around another one: calls and attributes pass through, the lifecycle of its adapters are methods."""
+class OfClass:
+    """What a class is asked for, or an instance, and is worked out of the class."""
 
-    inside: ClassVar[str]
-    """The name under which the wrapped module is registered."""
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
 
-    def inner(self) -> nn.Module:
-        module: Any = self._modules[self.inside]
-        return module  # type: ignore[no-any-return]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == self.inside or self.inside not in self.__dict__.get("_modules", ()):
-                raise
-            return getattr(self.inner(), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner()(*args, **kwargs)
-
-    # ---- what there is
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """The config of each adapter."""
-        state = find_state(self)
-        return {} if state is None else state.configs
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names of the adapters in use."""
-        state = find_state(self)
-        return [] if state is None else list(state.active)
-
-    # ---- which are in use
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Use these adapters, and no others, from now on; see `peftlite.set_adapter`."""
-        lifecycle.set_adapter(self, adapter_name, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Whether these adapters may train: their parameters require gradients while they are active."""
-        lifecycle.set_requires_grad(self, adapter_names, requires_grad)
-
-    def enable_adapter_layers(self) -> None:
-        """Switch the adapters on again."""
-        lifecycle.enable_adapters(self)
-
-    def disable_adapter_layers(self) -> None:
-        """Switch all adapters off until `enable_adapter_layers`."""
-        lifecycle.disable_adapters(self)
-
-    def disable_adapter(self) -> AbstractContextManager[None]:
-        """Calls inside the `with` block run on the base model; afterwards everything is as it was."""
-        return lifecycle.disable_adapter(self)
-
-    def use_adapter(self, *adapter_names: str) -> AbstractContextManager[Call]:
-        """Calls that this thread makes inside the `with` block use these adapters; nothing is written to the model."""
-        return lifecycle.use_adapter(self, *adapter_names)
-
-    def scale_adapter(self, adapter_name: str, factor: float) -> None:
-        """Multiply one adapter's scaling by `factor` on every layer."""
-        lifecycle.scale_adapter(self, adapter_name, factor)
-
-    # ---- merging and leaving
-    def merge_adapter(
-        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, *, undo: Undo = "device"
-    ) -> None:
-        """Merge adapters (default: the active ones) into the base weights; see `peftlite.merge_adapter`."""
-        lifecycle.merge_adapter(self, adapter_names, safe_merge, undo=undo)
-
-    def unmerge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Take adapters (default: all) out of the base weights again, bit for bit."""
-        lifecycle.unmerge_adapter(self, adapter_names)
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: Sequence[str] | None = None,
-        *,
-        dequantize: bool = False,
-        undo: Undo = None,
-    ) -> nn.Module:
-        """Merge adapters (default: the active ones) for good and give back the base model, without adapter layers.
-
-        With `dequantize`, quantised layers become dense ones; see `peftlite.merge_and_unload`.
-        """
-        return leaving.merge_and_unload(self, progressbar, safe_merge, adapter_names, dequantize=dequantize, undo=undo)
-
-    def unload(self) -> nn.Module:
-        """Give back the base model as it was, without adapter layers."""
-        return leaving.unload(self)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from every layer; see `peftlite.delete_adapter`."""
-        leaving.delete_adapter(self, adapter_name)
+    def __get__(self, instance: object, owner: type) -> Any:
+        return self.make(owner)
 
 
 class BaseTuner(Wrapper):
@@ -147,6 +63,12 @@ class BaseTuner(Wrapper):
     kind: ClassVar[PeftType]
     prefix: ClassVar[str] = ""
     """What the names of the adapters' parameters begin with."""
+    layer_kind: ClassVar[str] = "BaseTunerLayer"
+    """What PEFT calls this kind's layers."""
+    tuner_layer_cls = OfClass(lambda cls: getattr(kinds, cls.layer_kind))
+    """For `isinstance`: a layer with adapters of this kind."""
+    target_module_mapping = OfClass(lambda cls: dict(defaults.TARGETS.get(cls.kind, {})))
+    """Type of transformers model -> the modules that adapters go to when a config does not say."""
 
     model: nn.Module
 
@@ -197,6 +119,11 @@ class BaseTuner(Wrapper):
         """The paths of the base model's layers that have adapters (not those trained whole)."""
         return [path for path, layer in named_layers(self) if layer.tuner.peft_type == self.kind.value]
 
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The paths of the base model's parameters that have adapters of their own (`target_parameters`)."""
+        return [_own_path(path, layer) for path, layer in named_layers(self) if layer.param is not None]
+
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The config of a transformers model as a dict; of any other, `{"model_type": "custom"}`."""
@@ -211,6 +138,7 @@ class LoraModel(BaseTuner):
 
     kind = PeftType.LORA
     prefix = "lora_"
+    layer_kind = "LoraLayer"
 
     def add_weighted_adapter(
         self,
@@ -243,12 +171,29 @@ class LoraModel(BaseTuner):
             seed=seed,
         )
 
+    def subtract_mutated_init(
+        self, output_state_dict: Mapping[str, Tensor], adapter_name: str, kwargs: object = None
+    ) -> dict[str, Tensor]:
+        """The tensors of a plain LoRA of twice the rank that does what training has changed since the adapter began.
+
+        Args:
+            output_state_dict: the trained adapter's tensors, by the keys of files.
+            adapter_name: the adapter as it was at first.
+            kwargs: nothing is asked of them.
+
+        Raises: CheckpointError where the two differ in keys or shapes, ConfigError for forms of LoRA whose factors have
+            no difference, AdapterNameError.
+        """
+        initial = state_dict.adapter_tensors(self, adapter_name)
+        return convert.plain_lora(self.peft_config[adapter_name], output_state_dict, initial)[1]
+
 
 class IA3Model(BaseTuner):
     """A model with (IA)^3 adapters (https://arxiv.org/abs/2205.05638)."""
 
     kind = PeftType.IA3
     prefix = "ia3_"
+    layer_kind = "IA3Layer"
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter whose scales are the weighted sum of those of others."""
@@ -260,6 +205,7 @@ class LNTuningModel(BaseTuner):
 
     kind = PeftType.LN_TUNING
     prefix = "ln_tuning_"
+    layer_kind = "LNTuningLayer"
 
 
 class LoHaModel(BaseTuner):
@@ -267,6 +213,7 @@ class LoHaModel(BaseTuner):
 
     kind = PeftType.LOHA
     prefix = "hada_"
+    layer_kind = "LoHaLayer"
 
 
 class LoKrModel(BaseTuner):
@@ -274,6 +221,7 @@ class LoKrModel(BaseTuner):
 
     kind = PeftType.LOKR
     prefix = "lokr_"
+    layer_kind = "LoKrLayer"
 
 
 class AdaLoraModel(BaseTuner):
@@ -281,6 +229,7 @@ class AdaLoraModel(BaseTuner):
 
     kind = PeftType.ADALORA
     prefix = "lora_"
+    layer_kind = "LoraLayer"
 
     def update_and_allocate(self, global_step: int) -> None:
         """Between `optimizer.step()` and `zero_grad()`; see `peftlite.update_and_allocate`."""
@@ -292,6 +241,7 @@ class TrainableTokensModel(BaseTuner):
 
     kind = PeftType.TRAINABLE_TOKENS
     prefix = "trainable_tokens_"
+    layer_kind = "TrainableTokensLayer"
 
 
 class VeraModel(BaseTuner):
@@ -299,6 +249,7 @@ class VeraModel(BaseTuner):
 
     kind = PeftType.VERA
     prefix = "vera_lambda_"
+    layer_kind = "VeraLayer"
 
 
 TUNER_MODELS: dict[PeftType, type[BaseTuner]] = {
@@ -325,58 +276,17 @@ def tuner_model_for(config: PeftConfig) -> type[BaseTuner]:
     return TUNER_MODELS[PeftType(str(getattr(config.peft_type, "value", config.peft_type)))]
 
 
-def check_bare(model: nn.Module) -> None:
-    """Refuse to wrap what is wrapped, or has adapters.
-
-    Raises: StateError.
-    """
-    if isinstance(model, Shell):
-        raise StateError(
-            f"`{type(model).__name__}` is a wrapper already: call its `add_adapter` (or `load_adapter`) for another "
-            "adapter, or wrap the base model that its `unload` gives. Nothing was changed."
-        )
-    state = find_state(model)
-    if state is not None:
-        names = ", ".join(f"`{name}`" for name in state.configs)
-        raise StateError(
-            f"{type(base_model_of(model)).__name__} has adapters already ({names}): call `peftlite.wrap(model)` for a "
-            "wrapper around it, and `add_adapter` or `load_adapter` on that for another adapter. Nothing was changed."
-        )
-
-
-def is_checkpointing(model: nn.Module) -> bool:
-    """Whether a model of transformers recomputes activations; it asks all of its modules."""
-    checkpointing = getattr(model, "is_activation_checkpointing", None)  # in older versions `is_gradient_checkpointing`
-    return bool(getattr(model, "is_gradient_checkpointing", False) if checkpointing is None else checkpointing)
-
-
-def require_gradients_of_inputs(model: nn.Module) -> None:
-    """Have the embeddings' output require gradients: under gradient checkpointing, no layer would get any otherwise."""
-    keep(model.__dict__, "_require_grads_hook", "_require_grads_hooks")
-    for module in model.modules():
-        keep_all(module._forward_hooks)
-    if (enable := getattr(model, "enable_input_require_grads", None)) is not None:
-        enable()
-    elif (embeddings := getattr(model, "get_input_embeddings", None)) is not None:
-        embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-
-
-def check_kind(wrapper: Wrapper, kind: PeftType, given: object) -> None:
-    """Refuse adapters of another kind than a wrapper's.
-
-    Raises: ConfigError.
-    """
-    found = str(getattr(given, "value", given))
-    if found != kind.value:
-        raise ConfigError(
-            f"`peft_type={found!r}`: a {type(wrapper).__name__} whose adapters are of the kind `{kind.value}` takes no "
-            "other. Nothing was changed."
-        )
-
-
 def _config_named(name: str, config: PeftConfig | Mapping[str, PeftConfig]) -> PeftConfig:
     if not isinstance(config, Mapping):
         return config
     if name not in config:
         raise AdapterNameError(f"`peft_config` has no `{name}`; nearest: {nearest(name, config)}. Nothing was changed.")
     return config[name]
+
+
+def _own_path(path: str, layer: AdapterLayer) -> str:
+    """The path of the parameter that a layer is for, as it was without adapters: layers of one module are nested."""
+    parts = path.split(".") if path else []
+    while parts and parts[-1] == layer.tuner.base_slot:
+        parts.pop()
+    return ".".join([*parts, str(layer.param)])

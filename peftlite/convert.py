@@ -17,6 +17,7 @@ from peftlite.checkpoint.record import Record, record_for, record_of
 from peftlite.checkpoint.spots import is_companion, spots
 from peftlite.checkpoint.state_dict import adapter_tensors, key_prefix
 from peftlite.checkpoint.targets import BaseTarget, LayerTarget, live_targets
+from peftlite.config import PeftConfig
 from peftlite.core.found import host_at
 from peftlite.core.hosts import EmbeddingHost, Host, ParamHost
 from peftlite.core.inject import plan
@@ -27,7 +28,7 @@ from peftlite.core.state import bias_of
 from peftlite.core.tree import base_model_of, find_state
 from peftlite.errors import ConfigError, StateError, warn
 from peftlite.tuners.lora.config import LoraConfig
-from peftlite.tuners.lora.extract import Change, Extract, change_of, checked_rank, difference, extracted
+from peftlite.tuners.lora.extract import Change, Extract, change_of, checked_rank, difference, extracted, why_no_lora
 from peftlite.tuners.lora.fit import adapted, addressed, fitted, plain_of
 from peftlite.tuners.lora.lowrank import Approximation
 from peftlite.tuners.lora.variant import LORA, variant_for
@@ -102,15 +103,13 @@ def convert_to_lora(
         (4, ['0.lora_A.weight', '0.lora_B.weight'], True)
     """
     limit, base = checked_rank(rank), base_model_of(model)
-    state = state_of(model)
-    state.checked(adapter_name)
-    config = state.configs[adapter_name]
+    config = config_of(model, adapter_name)
     if bias_of(config) != "none":
         raise ConfigError(
             f"Adapter `{adapter_name}` has `bias={bias_of(config)!r}`, which trains the base model's own biases: what "
             "it does is more than a LoRA can. Nothing was changed."
         )
-    layers = {p: m for p, m in adapted(base) if adapter_name in m.variants and not is_companion(m.tuner)}
+    layers = own_layers(base, adapter_name)
     hosts = {path: layer.host for path, layer in layers.items()}
     made = {
         path: extracted(layer.host, change_of(layer, adapter_name), limit)
@@ -122,6 +121,34 @@ def convert_to_lora(
     approximation = Approximation.of({path: extract.part for path, extract in made.items()})
     named = {prefix + without_prefix(key): tensor for key, tensor in tensors.items()}
     return Converted(lora, named, approximation, record=record_of(model, adapter_name))
+
+
+def supports_lora_conversion(model: nn.Module, adapter_name: str = "default") -> bool:
+    """Whether `convert_to_lora` can make a LoRA of an adapter, as long as that needs no bias where LoRA has none.
+
+    Raises: AdapterNameError, NoAdapterError.
+    """
+    config, base = config_of(model, adapter_name), base_model_of(model)
+    plain = plain_of(config, inference_mode=False)
+    return bias_of(config) == "none" and all(
+        why_no_lora(layer, adapter_name) is None and variant_for(plain).check(layer.host, plain, path) is None
+        for path, layer in own_layers(base, adapter_name).items()
+    )
+
+
+def config_of(model: nn.Module, name: str) -> PeftConfig:
+    """The config of an adapter.
+
+    Raises: AdapterNameError, NoAdapterError.
+    """
+    state = state_of(model)
+    state.checked(name)
+    return state.configs[name]
+
+
+def own_layers(base: nn.Module, name: str) -> dict[str, AdapterLayer]:
+    """The layers that have an adapter, by path, modules that come along aside."""
+    return {path: layer for path, layer in adapted(base) if name in layer.variants and not is_companion(layer.tuner)}
 
 
 def save_as_lora(

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peftlite.config as config_module
+from peftlite import defaults
 from peftlite.config import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -32,7 +33,6 @@ from peftlite.errors import (
     PeftliteWarning,
     UnsupportedFeatureError,
 )
-from peftlite.integrations import defaults
 from peftlite.registry import Registry
 from peftlite.tuners.lora.config import UNBUILT, LoraConfig
 from peftlite.tuners.lora.values import LoraRuntimeConfig
@@ -173,8 +173,9 @@ def test_the_order_of_overlapping_patterns_survives_the_file(tmp_path: Path) -> 
 def test_the_default_targets_are_pefts() -> None:
     from peft.utils import constants
 
-    for peft_type, table in (("LORA", defaults.LORA), ("ADALORA", defaults.ADALORA), ("IA3", defaults.IA3)):
-        theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{peft_type}_TARGET_MODULES_MAPPING")
+    for peft_type, table in defaults.TARGETS.items():
+        name = peft_type.value.replace("_", "")
+        theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING")
         assert {k: v if isinstance(v, str) else list(v) for k, v in table.items()} == theirs
         for model_type, names in theirs.items():
             got = defaults.default_targets(model_type, peft_type)

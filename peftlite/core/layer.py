@@ -25,7 +25,7 @@ from peftlite.core.slots import (
 from peftlite.core.state import BASE, AdapterState
 from peftlite.core.stored import StoredLayer
 from peftlite.core.transaction import atomic, drop, keep, put, put_in_all
-from peftlite.core.variant import Bank, Program, TunerSpec, Variant
+from peftlite.core.variant import Additive, Bank, Program, TunerSpec, Variant
 from peftlite.errors import StateError
 
 _DERIVED = ("_program", "_host", "_owner", "_stamp")
@@ -235,6 +235,27 @@ class AdapterLayer(StoredLayer):
         elif len({type(variant) for variant in variants}) == 1:
             fast = variants[0].bind_several(views, slow)
         return fast or slow
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the base layer's weight, in its layout and the adapter's dtype; differentiable.
+
+        Of DoRA, what is added before it is normed.
+
+        Raises: AdapterNameError, StateError if the adapter is not on this layer, or its effect is no such sum.
+        """
+        self.state.checked(adapter)
+        variant, view = self.variants.get(adapter), View(self, adapter)
+        if variant is None:
+            raise StateError(f"Adapter `{adapter}` is not on this layer. Nothing was changed.")
+        reason = variant.why_not_merge(view)
+        if reason is not None or not isinstance(variant, Additive):
+            raise StateError(
+                f"What adapter `{adapter}` (`{self.tuner.peft_type}`) does is no sum with the weight"
+                f"{'' if reason is None else f': {reason}'}. Nothing was changed."
+            )
+        with self.here():
+            delta = self.host.canonical(variant.delta(view))
+        return delta.to(next(self.parameters_of(adapter)).dtype)
 
     def bank(self, names: Sequence[str]) -> Bank | None:
         """What runs rows of these adapters together, if possible; of the base layer, where it has none of a name."""

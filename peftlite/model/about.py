@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from peftlite.base_tuner import BaseTuner, Wrapper
+from peftlite.base_tuner import BaseTuner
 from peftlite.config import PeftConfig, PeftType
 from peftlite.core.tree import base_model_of, layers
 from peftlite.errors import StateError
 from peftlite.registry import later
+from peftlite.wrapping import Wrapper
 
 if TYPE_CHECKING:
     from peftlite.core import status

@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftlite.base_tuner import (
-    BaseTuner,
-    check_bare,
-    check_kind,
-    is_checkpointing,
-    require_gradients_of_inputs,
-    tuner_model_for,
-)
+from peftlite.base_tuner import BaseTuner, tuner_model_for
 from peftlite.config import PeftConfig, TaskType
 from peftlite.core import lifecycle
 from peftlite.core.inject import check_config, inject
@@ -32,6 +25,7 @@ from peftlite.errors import UnsupportedFeatureError
 from peftlite.model.about import Reporting
 from peftlite.registry import later
 from peftlite.tuners.lora.values import LoraRuntimeConfig
+from peftlite.wrapping import check_bare, check_kind, is_checkpointing, require_gradients_of_inputs
 
 if TYPE_CHECKING:
     from peftlite.checkpoint import adapters, card, hub, report
@@ -130,6 +124,13 @@ class PeftModel(Reporting):
         rows = lifecycle.use_adapter_per_row(self, names)
         check_batch(names, args, kwargs)
         return rows
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Have the output of a model's embeddings require gradients, as training under gradient checkpointing needs.
+
+        A model that is under it already when it is wrapped was prepared.
+        """
+        require_gradients_of_inputs(model)
 
     # ---- more adapters
     def add_adapter(

@@ -21,7 +21,7 @@ from peftlite.core.slots import HALF_DTYPES
 from peftlite.core.targets import TargetSpec, select
 from peftlite.core.tree import base_model_of, layers
 from peftlite.errors import PeftliteWarning, UnsupportedFeatureError
-from peftlite.standin.kinds import BaseTunerLayer
+from peftlite.kinds import BaseTunerLayer
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -29,7 +29,7 @@ _AUTO = (
     "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
 )
 _AUTO_HERE = _at("peftlite.auto", _AUTO)
-_KINDS = "peftlite.standin.kinds"
+_KINDS = "peftlite.kinds"
 _LAYERS = _at(_KINDS, "BaseTunerLayer")
 _WRAPPERS = _at(_KINDS, "AuxiliaryTrainingWrapper ModulesToSaveWrapper")
 _FILES = (
@@ -45,10 +45,11 @@ _SAVE = (
 )
 _PATTERNS = (
     "INCLUDE_LINEAR_LAYERS_SHORTHAND=peftlite.core.targets:ALL_LINEAR "
-    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=peftlite.integrations.defaults:LORA "
-    "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING=peftlite.integrations.defaults:ADALORA "
-    "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING=peftlite.integrations.defaults:IA3 "
-    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=peftlite.integrations.defaults:IA3_FEEDFORWARD"
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=peftlite.defaults:IA3_FEEDFORWARD "
+    + " ".join(
+        f"TRANSFORMERS_MODELS_TO_{name.replace('_', '')}_TARGET_MODULES_MAPPING=peftlite.defaults:{name}"
+        for name in ("LORA", "LOHA", "LOKR", "VERA", "ADALORA", "IA3", "LN_TUNING")
+    )
 )
 _FUNCTIONS = "peftlite.standin.functions"
 _OTHER = (

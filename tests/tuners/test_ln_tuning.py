@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peftlite
+from peftlite.defaults import default_targets
 from peftlite.errors import PeftliteWarning
-from peftlite.integrations.defaults import default_targets
-from peftlite.standin.kinds import LNTuningLayer
+from peftlite.kinds import LNTuningLayer
 from peftlite.standin.table import MODULES
 from tests.models import batch, tiny
 

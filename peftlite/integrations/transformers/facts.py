@@ -12,8 +12,8 @@ from peftlite.config import PeftConfig, PeftType
 from peftlite.core.facts import ModelFacts, register_model_facts
 from peftlite.core.found import innermost
 from peftlite.core.tree import places
+from peftlite.defaults import default_feedforward, default_targets
 from peftlite.errors import ConfigError
-from peftlite.integrations.defaults import default_feedforward, default_targets
 from peftlite.integrations.transformers.former import former_names
 from peftlite.integrations.transformers.layers import stack_of
 from peftlite.integrations.transformers.models import FIRST, vocabulary

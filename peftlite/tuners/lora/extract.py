@@ -73,17 +73,21 @@ def change_of(layer: AdapterLayer, name: str) -> Change:
         update = Update.of(layer, name)
         bias = None if update.bias is None else update.bias * update.scaling
         return Change(LowRank(update.product.A, update.product.B * update.scaling), bias)
-    reason = variant.why_not_merge(a)
-    if reason is not None or not variant.mergeable:
-        raise ConfigError(
-            f"Adapter `{name}` has no LoRA that does the same: {reason or 'it replaces its module'}. "
-            "Nothing was changed."
-        )
+    if (reason := why_no_lora(layer, name)) is not None:
+        raise ConfigError(f"Adapter `{name}` has no LoRA that does the same: {reason}. Nothing was changed.")
     if isinstance(variant, Additive) and type(variant).merge is Additive.merge:
         return Change(stacked(layer.host, variant.delta(a)), variant.delta_bias(a))
     own = layer.own()
     own = Dense(widened(own.weight), None if own.bias is None else widened(own.bias))
     return difference(layer.host, variant.merge(a, own), own)
+
+
+def why_no_lora(layer: AdapterLayer, name: str) -> str | None:
+    """Why what an adapter does to its layer is no change of the weight, or None if it is."""
+    variant = layer.variants[name]
+    if type(variant) in PRODUCTS:
+        return None
+    return variant.why_not_merge(View(layer, name)) if variant.mergeable else "it replaces its module"
 
 
 def difference(host: Host, new: Dense, old: Dense) -> Change:

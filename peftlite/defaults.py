@@ -170,8 +170,15 @@ LN_TUNING: Final[dict[str, tuple[str, ...] | str]] = {
     "t5": ("layer_norm", "final_layer_norm"),
 }
 
-_TARGETS: Final = {
+LOHA = LOKR = LORA
+
+VERA: Final[dict[str, tuple[str, ...] | str]] = {**LORA, "phi": ("q_proj", "v_proj")}
+
+TARGETS: Final = {
     PeftType.LORA: LORA,
+    PeftType.LOHA: LOHA,
+    PeftType.LOKR: LOKR,
+    PeftType.VERA: VERA,
     PeftType.ADALORA: ADALORA,
     PeftType.IA3: IA3,
     PeftType.LN_TUNING: LN_TUNING,
@@ -181,7 +188,7 @@ _FEEDFORWARD: Final = {PeftType.IA3: IA3_FEEDFORWARD}
 
 def default_targets(model_type: str, peft_type: PeftType | str) -> list[str] | str | None:
     """Names of modules, or a regular expression, for `target_modules`; None when there is no default."""
-    found = _TARGETS.get(PeftType(peft_type), {}).get(model_type)
+    found = TARGETS.get(PeftType(peft_type), {}).get(model_type)
     return found if found is None or isinstance(found, str) else sorted(found)
 
 
