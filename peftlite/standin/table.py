@@ -31,7 +31,7 @@ _AUTO = (
 _AUTO_HERE = _at("peftlite.auto", _AUTO)
 _KINDS = "peftlite.kinds"
 _LAYERS = _at(_KINDS, "BaseTunerLayer")
-_WRAPPERS = _at(_KINDS, "AuxiliaryTrainingWrapper ModulesToSaveWrapper")
+_WRAPPERS = _at(_KINDS, "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper")
 _FILES = (
     "CONFIG_NAME=peftlite.checkpoint.keys:CONFIG_NAME WEIGHTS_NAME=peftlite.checkpoint.keys:WEIGHTS_NAME "
     "SAFETENSORS_WEIGHTS_NAME=peftlite.checkpoint.keys:SAFETENSORS_WEIGHTS_NAME"
