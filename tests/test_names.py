@@ -14,6 +14,7 @@ import peftlite
 from peftlite import LoraConfig, TaskType
 from peftlite.errors import CheckpointError, ConfigError, NoAdapterError, StateError, UnsupportedFeatureError
 from tests.models import tiny
+from tests.quantised import QUANTISED
 from tests.snapshots import check_unchanged, snapshot
 from tests.twins import fill
 from tests.versions import works_with_peft
@@ -180,3 +181,37 @@ def test_the_base_models_tensors_are_asked_for_while_they_are_its_own() -> None:
     peftlite.inject(twin, LoraConfig(**FIELDS))
     with pytest.raises(StateError, match="overlay"):
         peftlite.set_base_model_state_dict(twin, tiny("llama").state_dict())
+
+
+def quantised(kind: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(QUANTISED[kind](nn.Linear(64, 32)), nn.Linear(32, 4))
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in QUANTISED])
+def test_quantised_layers_are_written_whole_or_refused(kind: str) -> None:
+    model = quantised(kind, 0)
+    keys = list(model.state_dict())
+    peftlite.inject(model, LoraConfig(r=2, target_modules=["0"]))
+    assert list(peftlite.get_base_model_state_dict(model)) == keys
+    other, x = quantised(kind, 1), torch.randn(2, 64)
+    if kind.startswith("torchao"):
+        peftlite.set_base_model_state_dict(model, other.state_dict())
+        with torch.no_grad():
+            assert torch.equal(model(x), other(x))
+    else:
+        before = snapshot(model)
+        with pytest.raises(StateError, match="quantised"):
+            peftlite.set_base_model_state_dict(model, other.state_dict())
+        check_unchanged(model, before)
+        head = {key: tensor for key, tensor in other.state_dict().items() if key.startswith("1.")}
+        peftlite.set_base_model_state_dict(model, head, strict=False)
+        assert torch.equal(model[1].weight, other[1].weight)  # type: ignore[index]
+
+
+def test_numbers_are_not_written_into_integers() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(2, 2)})
+    model.register_buffer("count", torch.ones(1, dtype=torch.long))
+    peftlite.inject(model, LoraConfig(r=1, target_modules=["layer"]))
+    with pytest.raises(CheckpointError, match=r"torch.float32, and the base model's has \(1,\) and torch.int64"):
+        peftlite.set_base_model_state_dict(model, {"count": torch.tensor([0.5])}, strict=False)

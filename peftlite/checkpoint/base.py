@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises: NoAdapterError, StateError while adapters are merged.
     """
     base = unmerged_base(model)
-    return {name: tensor.detach() for name, tensor in by_own_name(base, base.state_dict()).items()}
+    return by_own_name(base, base.state_dict())
 
 
 @atomic
@@ -44,29 +44,62 @@ def set_base_model_state_dict(
     With `strict=False`, keys may be missing or unexpected; they are returned.
 
     Raises: CheckpointError for keys or shapes that do not fit, NoAdapterError, StateError while adapters are merged,
-        or if the base model is an overlay, whose weights are another model's.
+        for quantised layers that are more than their tensors, or if the base model is an overlay, whose weights are
+        another model's.
     """
     base = unmerged_base(model)
-    own = by_own_name(base, base.state_dict(keep_vars=True))
+    live = base.state_dict(keep_vars=True)
+    own, keys = by_own_name(base, live), by_own_name(base, {key: key for key in live})
     found = IncompatibleKeys([key for key in own if key not in state_dict], [k for k in state_dict if k not in own])
     if strict and (found.missing_keys or found.unexpected_keys):
         raise CheckpointError(_misfit(found, own))
     chosen = {key: tensor for key, tensor in state_dict.items() if key in own}
+    packed = packed_modules(base, live)
     for key, tensor in chosen.items():
-        if tensor.shape != own[key].shape:
-            raise CheckpointError(
-                f"{shown(key)} has shape {tuple(tensor.shape)}, and the base model's has {tuple(own[key].shape)}. "
-                "Nothing was changed."
-            )
-        if is_borrowed(own[key]):
+        if id(module_of(base, keys[key])) in packed:
             raise StateError(
-                "The base model is an overlay and shares its weights: load into a model with weights of its own. "
-                "Nothing was changed."
+                f"{shown(key)} is of a layer whose weight is quantised, which is replaced when a model is loaded, and "
+                "not written into. Nothing was changed."
             )
-    keys = by_own_name(base, {key: key for key in base.state_dict()})
+        check_fits(key, tensor, own[key])
     keep_values(*(own[key] for key in chosen))
     base.load_state_dict({keys[key]: tensor for key, tensor in chosen.items()}, strict=False)
     return found
+
+
+def check_fits(key: str, tensor: Tensor, own: Tensor) -> None:
+    """Refuse what cannot be written into one of the base model's tensors.
+
+    Raises: CheckpointError, StateError.
+    """
+    if tensor.shape != own.shape or tensor.is_floating_point() != own.is_floating_point():
+        raise CheckpointError(
+            f"{shown(key)} has shape {tuple(tensor.shape)} and {tensor.dtype}, and the base model's has "
+            f"{tuple(own.shape)} and {own.dtype}. Nothing was changed."
+        )
+    if is_borrowed(own):
+        raise StateError(
+            "The base model is an overlay and shares its weights: load into a model with weights of its own. "
+            "Nothing was changed."
+        )
+
+
+def packed_modules(base: nn.Module, live: Iterable[str]) -> set[int]:
+    """The modules, by id, that have more in their state dicts than parameters and buffers: of these it is a part."""
+    plain = {name for name, _ in base.named_parameters(remove_duplicate=False)}
+    plain |= {name for name, _ in base.named_buffers(remove_duplicate=False)}
+    return {id(module_of(base, key)) for key in live if key not in plain}
+
+
+def module_of(base: nn.Module, key: str) -> nn.Module:
+    """The module that a key of a state dict is of."""
+    module = base
+    for part in key.split("."):
+        inner = module._modules.get(part)
+        if inner is None:
+            break
+        module = inner
+    return module
 
 
 def unmerged_base(model: nn.Module) -> nn.Module:
