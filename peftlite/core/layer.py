@@ -221,20 +221,21 @@ class AdapterLayer(StoredLayer):
         """The base layer with these adapters, as one callable; what depends only on `names` is decided here."""
         if self.host.weight_only:
             return partial(self._near, Edited(self, names))
-        views = [View(self, name) for name in self.live(names)]
-        if not views:
+        live = self.live(names)
+        if not live:
             return self.wrapped
-        variants = [self.variants[view.name] for view in views]
+        if len(live) == 1:
+            view, variant = View(self, live[0]), self.variants[live[0]]
+            slow = partial(self._near, partial(variant.forward, view, self.wrapped))
+            return variant.bind(view, slow) or slow
+        views = [View(self, name) for name in live]
+        variants = [self.variants[name] for name in live]
         call: Program = self.wrapped
         for view, variant in zip(views, variants, strict=True):
             call = partial(variant.forward, view, call)
         slow = partial(self._near, call)
-        fast: Program | None = None
-        if len(views) == 1:
-            fast = variants[0].bind(views[0], slow)
-        elif len({type(variant) for variant in variants}) == 1:
-            fast = variants[0].bind_several(views, slow)
-        return fast or slow
+        alike = len({type(variant) for variant in variants}) == 1
+        return (variants[0].bind_several(views, slow) if alike else None) or slow
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter adds to the base layer's weight, in its layout and the adapter's dtype; differentiable.

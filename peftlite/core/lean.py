@@ -7,12 +7,11 @@ once, of 1.7 KiB together: several times what a factor of low rank takes, and mo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from itertools import repeat
-from operator import contains, itemgetter
+from collections.abc import Callable
 from typing import Any, Final
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 
 class _Changes:
@@ -60,7 +59,12 @@ _changes: Final = _Changes()
 _FRESH: Final = vars(nn.Module())
 _OF_CALLS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LOOKED_AT: Final = (*_OF_CALLS, "forward")
-_hooks: Final = itemgetter(*_OF_CALLS)
+_OF_ALL_MODULES: Final = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 _HELD: Final = ("_parameters", "_buffers", "_modules")
 _AT_ONCE: Final = {k: v for k, v in _FRESH.items() if not isinstance(v, (dict, set))}
 for _name, _value in _FRESH.items():
@@ -91,16 +95,10 @@ class Identity(Lean, nn.Identity):
     """An `nn.Identity`."""
 
 
-def hooks_of_calls(attributes: Iterable[dict[str, Any]]) -> list[dict[int, Any]]:
-    """The hooks that calls of modules with these attributes look for: four dicts each, whichever kind they are of."""
-    found: list[dict[int, Any]] = []
-    for own in attributes:
-        for kind in _OF_CALLS:
-            if kind not in own:
-                own.setdefault(kind, OrderedDict())
-                _changes.mark = []
-        found += _hooks(own)
-    return found
+Seen = tuple[list[object], tuple[dict[int, Any], ...], tuple[dict[str, Any], ...]]
+"""When, the dicts for hooks that there are, the attributes of modules that have or may get a `forward` of their own."""
+
+_NEVER: Final[Seen] = [], (), ()
 
 
 class Parts:
@@ -110,23 +108,34 @@ class Parts:
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        self.lean = tuple([module.__dict__ for module in modules if isinstance(module, Lean)])
-        self.others = tuple([module.__dict__ for module in modules if not isinstance(module, Lean)])
-        self.seen = self.look()
+        self.modules = modules
+        self.own = tuple([module.__dict__ for module in modules])
+        self.seen: Seen = _NEVER
 
-    def look(self) -> tuple[list[object], tuple[dict[int, Any], ...], tuple[dict[str, Any], ...]]:
-        """(when, the dicts for hooks that there are, the modules that have or may get a `forward` of their own)."""
+    def look(self) -> Seen:
+        """What calls of the modules would look at."""
         mark = _changes.mark  # before looking: another thread may change something meanwhile
-        there = [own[kind] for kind in _OF_CALLS for own in self.lean if kind in own]
-        patched = [own for own in self.lean if "forward" in own]
-        return mark, (*hooks_of_calls(self.others), *there), (*self.others, *patched)
+        lean = [module.__dict__ for module in self.modules if isinstance(module, Lean)]
+        others = [module.__dict__ for module in self.modules if not isinstance(module, Lean)]
+        hooks = [own[kind] for own in (*others, *lean) for kind in _OF_CALLS if kind in own]
+        patched = [own for own in lean if "forward" in own]
+        return mark, (*hooks, *_OF_ALL_MODULES), (*others, *patched)
 
-    def touched(self) -> bool:
-        """Whether a module has a hook, or a `forward` patched onto it."""
-        mark, hooks, patched = self.seen  # at once: threads share this object
-        if mark is not _changes.mark:
-            self.seen = _, hooks, patched = self.look()
-        return any(hooks) or any(map(contains, patched, repeat("forward")))
+    def touched(self, compiling: bool = False) -> bool:
+        """Whether hooks are registered, on a module or on all, or a `forward` is patched onto one."""
+        if compiling:  # what is kept would be guarded; of what is looked up in modules, torch.compile guards nothing
+            _, hooks, _ = self.look()
+            patched = self.own  # but `forward` in these, as torch does
+        else:
+            mark, hooks, patched = self.seen  # at once: threads share this object
+            if mark is not _changes.mark:
+                self.seen = _, hooks, patched = self.look()
+        if any(hooks):
+            return True
+        for own in patched:  # noqa: SIM110  (half the time of `any`)
+            if "forward" in own:
+                return True
+        return False
 
 
 LINEARS: Final = (Linear, nn.Linear)

@@ -74,8 +74,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
     state, found = adapted(model)
     names = state.checked(adapter_name)
     check_exclusive(model, names)
-    merged = [layer for layer in found if layer.merged_adapters]
-    remerge(merged, lambda layer: [n for n in layer.merged_adapters if n in names])
+    if merged := [layer for layer in found if layer.merged_adapters]:
+        remerge(merged, lambda layer: [n for n in layer.merged_adapters if n in names])
     if inference_mode:
         state.change(trainable=state.trainable - frozenset(names))
     activate(model, state, names, found)

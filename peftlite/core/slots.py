@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -247,25 +248,32 @@ class View:
     replaces) each time, but for compiled code, where a name would be a guard and so cost a graph per adapter.
     """
 
+    bound: Mapping[str, Any] = MappingProxyType({})
+
     def __init__(self, layer: Any, name: str) -> None:
-        self.layer = layer
-        self.name = name
-        self.bound: dict[str, Any] = {}
-        modules, own = layer._modules, self.__dict__
-        for slot in layer.used:
-            held = modules[slot.name].held
-            if name in held:
-                (own if slot.kind is ModuleSlot else self.bound)[slot.name] = held[name]
-        for number in layer.tuner.numbers:
-            own[number] = layer.__dict__[number].get(name)
-        own["config"] = layer.state.configs.get(name)
+        there, own = layer.__dict__, self.__dict__
+        bound: dict[str, Any] = {}
+        own["layer"], own["name"], own["config"] = layer, name, there["state"].configs.get(name)
+        modules, tuner = there["_modules"], there["tuner"]
+        for slot in there["used"]:
+            container = modules[slot.name]
+            modular = slot.kind is ModuleSlot
+            value = (container.__dict__["_modules"] if modular else container.held).get(name)
+            if value is not None:
+                (own if modular else bound)[slot.name] = value
+        for number in tuner.numbers:
+            if number not in tuner.shown:
+                own[number] = there[number].get(name)
+        if bound:
+            own["bound"] = bound
 
     def __getattr__(self, slot: str) -> Any:
         if slot.startswith("__"):
             raise AttributeError(slot)
         if torch.compiler.is_compiling():
             return self.bound[slot]
-        return self.layer._modules[slot][self.name]
+        layer = self.layer
+        return layer.__dict__[slot].get(self.name) if slot in layer.tuner.shown else layer._modules[slot][self.name]
 
 
 def parameters_in(value: SlotValue | None) -> Iterable[nn.Parameter]:

@@ -83,12 +83,13 @@ def layers(model: nn.Module) -> Iterator[AdapterLayer]:
             continue
         seen.add(id(module))
         below = module._modules
-        if isinstance(module, AdapterLayer):
-            yield module
-            below = {"": below[module.tuner.base_slot]}
-        for child in reversed(below.values()):
-            if child is not None and child._modules:  # most have no children, and are not looked at again
-                stack.append(child)
+        if not isinstance(module, AdapterLayer):  # most modules have no children, and are not looked at again
+            stack += [child for child in below.values() if child is not None and child._modules][::-1]
+            continue
+        yield module
+        wrapped = below[module.tuner.base_slot]
+        if wrapped is not None and wrapped._modules:
+            stack.append(wrapped)
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:

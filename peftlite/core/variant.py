@@ -175,6 +175,8 @@ class TunerSpec:
     variant_for: Callable[[Any], Variant]
     label: Callable[[Host], str]
     numbers: tuple[str, ...] = ()
+    shown: frozenset[str] = frozenset()
+    """Those of the numbers that no formula reads."""
     base_slot: str = "base_layer"
     base_file: str | None = None
     """What files call the base layer's place, where that is not `base_slot`."""

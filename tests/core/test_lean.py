@@ -92,15 +92,16 @@ def test_they_count_as_torch_s_own() -> None:
     assert "(default): Linear(in_features=4, out_features=2, bias=False)" in repr(model)
 
 
-def test_an_adapter_that_is_not_in_use_has_no_dicts_for_hooks() -> None:
+def test_adapters_get_no_dicts_for_hooks_from_being_used_or_not() -> None:
     config = {"r": 2, "target_modules": ["0"]}
     model = peftlite.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peftlite.LoraConfig(**config), "a")
     model.add_adapter("b", peftlite.LoraConfig(**config))
     peftlite.get_peft_model_state_dict(model, adapter_name="b")
-    model.eval().to(torch.float64)
+    model(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    model.eval().to(torch.float64)(torch.randn(2, 4, dtype=torch.float64))
     layer: Any = model.base_model.model[0]
-    for slot in (layer.lora_A, layer.lora_B, layer.lora_dropout):
-        assert not [name for name in vars(slot["b"]) if name.endswith(("hooks", "_set"))]
+    for part in (slot[name] for slot in (layer.lora_A, layer.lora_B, layer.lora_dropout) for name in "ab"):
+        assert not [name for name in vars(part) if name.endswith(("hooks", "_set"))]
 
 
 def bound() -> Any:
@@ -133,3 +134,66 @@ def test_a_hook_is_called_that_came_after_the_program(made: str, slot: str, regi
     handle.remove()
     layer(x).sum().backward()
     assert slow == called == [1]
+
+
+def doubling(layer: Any, part: nn.Module, how: str) -> Callable[[], None]:
+    """Have `part` give twice what it gives; returns how to take it back."""
+    if how == "forward":
+        part.forward = lambda x, run=part.forward: run(x) * 2  # type: ignore[method-assign]
+        return lambda: delattr(part, "forward")
+    if how == "hook":
+        return part.register_forward_hook(lambda module, args, y: y * 2).remove
+    if how == "dict of hooks":
+        part._forward_hooks = OrderedDict({0: lambda module, args, y: y * 2})
+        return part._forward_hooks.clear
+    of_part = lambda module, args, y: y * 2 if module is part else None  # noqa: E731
+    return nn.modules.module.register_module_forward_hook(of_part).remove
+
+
+PARTS = ("lora_A", "lora_B", "lora_dropout")
+COMES = [(slot, how, False) for slot in (*PARTS, "base_layer") for how in ("forward", "hook", "of all modules")]
+COMES += [(slot, "forward", True) for slot in (*PARTS, "base_layer")]  # of hooks torch.compile guards none
+COMES += [(slot, "dict of hooks", False) for slot in PARTS]
+
+
+@pytest.mark.parametrize(("slot", "how", "compiled"), COMES)
+def test_what_is_in_the_way_of_the_formula_is_seen_when_it_comes_and_goes(slot: str, how: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    layer, x = bound(), torch.randn(2, 4)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    part = layer.base_layer if slot == "base_layer" else getattr(layer, slot)["default"]
+    run = torch.compile(layer, backend="eager") if compiled else layer
+    with torch.no_grad():
+        base, whole = layer.base_layer(x), run(x)
+        back = doubling(layer, part, how)
+        expected = whole + base if slot == "base_layer" else 2 * whole - base
+        try:
+            torch.testing.assert_close(run(x), expected)
+        finally:
+            back()
+        torch.testing.assert_close(run(x), whole)
+
+
+@pytest.mark.parametrize("slot", [*PARTS, "base_layer"])
+def test_a_hook_that_was_there_is_compiled(slot: str) -> None:
+    torch._dynamo.reset()
+    layer, x = bound(), torch.randn(2, 4)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    doubling(layer, layer.base_layer if slot == "base_layer" else getattr(layer, slot)["default"], "hook")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend="eager")(x), layer(x))
+
+
+def test_what_other_modules_get_or_other_calls_see_is_no_reason_to_compile_again() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    layer, x = bound(), torch.randn(2, 4)
+    run = torch.compile(layer, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        run(x)
+        layer(x)
+        run(x)
+        Dropout(0.5).register_forward_hook(lambda *args: None)
+        layer(x)
+        run(x)
+    assert counter.frame_count == 1

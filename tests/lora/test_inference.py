@@ -15,13 +15,14 @@ import peftlite
 from peftlite.tuners.lora import blocks, bound
 
 SIZE = 6
+WIDER = 24  # of which one sequence goes as a batch
 
 
-def adapted(dtype: torch.dtype, bias: bool = True) -> Any:
+def adapted(dtype: torch.dtype, bias: bool = True, size: int = SIZE) -> Any:
     """A square layer with square factors, so that they can be transposed in place."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(SIZE, SIZE, bias)).to(dtype)
-    peftlite.inject(model, peftlite.LoraConfig(r=SIZE, lora_alpha=3, target_modules=["0"]))
+    model = nn.Sequential(nn.Linear(size, size, bias)).to(dtype)
+    peftlite.inject(model, peftlite.LoraConfig(r=size, lora_alpha=3, target_modules=["0"]))
     nn.init.normal_(model[0].lora_B["default"].weight)  # type: ignore[union-attr,index]
     return model[0].eval()
 
@@ -48,6 +49,35 @@ def test_inputs_of_every_shape(shape: tuple[int, ...], bias: bool, dtype: torch.
     if len(shape) > 2:
         turned = x.transpose(0, 1)
         near(layer(turned), formula(layer, turned))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [SIZE, WIDER, 96])
+@pytest.mark.parametrize("rows", [1, 2, 5, 33, 200])
+def test_one_sequence_gives_the_bits_of_its_vectors(rows: int, size: int, dtype: torch.dtype) -> None:
+    """Also with gradients, where reentrant checkpoints call again; and a fresh adapter those of the base layer."""
+    layer, x = adapted(dtype, size=size), torch.randn(1, rows, size).to(dtype)
+    layer.lora_A.to(dtype), layer.lora_B.to(dtype)
+    assert torch.equal(layer(x)[0], layer(x[0]))
+    with torch.enable_grad():
+        assert torch.equal(layer(x), layer(x.clone().requires_grad_()))
+    layer.lora_B["default"].weight.zero_()
+    assert torch.equal(layer(x), layer.base_layer(x))
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        layer(x[..., 1:])
+
+
+@pytest.mark.parametrize("size", [SIZE, WIDER])
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 4), (1, 2, 4)], ids=str)
+def test_a_bias_trains_alone(shape: tuple[int, ...], size: int) -> None:
+    layer, x = adapted(torch.float32, size=size), torch.randn(*shape, size)
+    layer.requires_grad_(False)
+    layer.base_layer.bias.requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(layer.base_layer.bias.grad, torch.full((size,), float(x.numel() // size)))
+    near(y.detach(), formula(layer, x).detach())
 
 
 def assigned(layer: Any) -> None:
@@ -82,16 +112,21 @@ WRITES: dict[str, Callable[[Any], object]] = {
     "assigned": assigned,
     "in another dtype": in_float64,
     "the base's": lambda layer: layer.base_layer.weight.data.mul_(2),
-    "of the base's data": lambda layer: setattr(layer.base_layer.weight, "data", torch.randn(SIZE, SIZE)),
+    "of the base's data": lambda layer: setattr(
+        layer.base_layer.weight, "data", torch.randn_like(layer.base_layer.weight)
+    ),
     "the base's transposed": lambda layer: setattr(layer.base_layer.weight, "data", layer.base_layer.weight.data.t()),
-    "another base weight": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.randn(SIZE, SIZE))),
+    "another base weight": lambda layer: setattr(
+        layer.base_layer, "weight", nn.Parameter(torch.randn_like(layer.base_layer.weight))
+    ),
 }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
-def test_writes_of_every_kind_are_seen(write: Callable[[Any], object]) -> None:
-    layer, x = adapted(torch.float32), torch.randn(4, SIZE)
+@pytest.mark.parametrize("shape", [(4, SIZE), (1, 4, WIDER)], ids=str)
+def test_writes_of_every_kind_are_seen(write: Callable[[Any], object], shape: tuple[int, ...]) -> None:
+    layer, x = adapted(torch.float32, size=shape[-1]), torch.randn(shape)
     before = layer(x)
     write(layer)
     assert not torch.allclose(layer(x), before)

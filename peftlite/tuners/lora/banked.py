@@ -25,7 +25,6 @@ from peftlite.core.lean import DROPOUTS, IDENTITIES, LINEARS, Parts
 from peftlite.core.rows import Order, Runs
 from peftlite.core.slots import View
 from peftlite.tuners.lora.blocks import rows_at_once
-from peftlite.tuners.lora.bound import globally_hooked
 from peftlite.tuners.lora.factors import in_base_dtype
 from peftlite.tuners.lora.passes import add_product, low_of
 from peftlite.tuners.lora.rooms import left, parts, taken
@@ -89,8 +88,7 @@ class LoraBank:
     def plain(self) -> bool:
         """Whether no hook, patch, autocast or transform wants the modules to be called."""
         return not (
-            globally_hooked()
-            or self.parts.touched()
+            self.parts.touched()
             or not self.layer.state.cast_inputs
             or torch._C._is_any_autocast_enabled()
             or torch._C._are_functorch_transforms_active()

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _is_any_autocast_enabled
 from torch.compiler import is_compiling
-from torch.nn.modules import module as torch_module
 
-from peftlite.core.lean import DROPOUTS, IDENTITIES, LINEARS, hooks_of_calls
+from peftlite.core.lean import DROPOUTS, IDENTITIES, LINEARS, Parts
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
 from peftlite.tuners.lora.blocks import is_large, is_small
@@ -27,12 +26,7 @@ from peftlite.tuners.lora.factors import in_base_dtype
 from peftlite.tuners.lora.masks import drawn, kept, new_seed
 from peftlite.tuners.lora.passes import How, Kept, add_product, gradients_above, gradients_below, low_of
 
-_GLOBAL_HOOKS = (
-    torch_module._global_forward_hooks,
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
+_DROPPING = (*DROPOUTS, *IDENTITIES)
 
 
 class FusedLora(torch.autograd.Function):
@@ -97,22 +91,23 @@ def differentiable_low(
 
 def suits(a: View) -> bool:
     """Whether an adapter's parts are of the kinds that `BoundLinear` knows."""
-    if type(a.layer.wrapped) is not nn.Linear or not (type(a.lora_A) in LINEARS and type(a.lora_B) in LINEARS):
-        return False
-    if isinstance(a.scaling, Tensor):  # data, so that hotswapping needs no compilation: never read on the host
-        return False
-    return a.lora_B._parameters["bias"] is None and type(a.lora_dropout) in (*DROPOUTS, *IDENTITIES)
+    return (
+        type(a.layer.wrapped) is nn.Linear
+        and type(a.lora_A) in LINEARS
+        and type(a.lora_B) in LINEARS
+        and type(a.lora_dropout) in _DROPPING
+        and not isinstance(a.scaling, Tensor)  # data, so that hotswapping needs no compilation: not read on the host
+        and a.lora_B._parameters["bias"] is None
+    )
 
 
-def globally_hooked() -> bool:
-    """Whether hooks are registered on all modules."""
-    return any(_GLOBAL_HOOKS)
-
-
-Views = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"]
+Views = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Batched | None"]
 """A, B, A^T, B^T, W, W^T without gradients: views, which see every write to the parameters; copies would not."""
+Batched = tuple[Tensor, Tensor, Tensor]
+"""A^T, B^T, W^T as batches of one matrix."""
 
 _LIGHT = 1 << 14  # elements of a base weight that may outlive its parameter for as long as no call comes
+_BY_BLAS = 400  # products from which on torch has the same routines do a matrix, and a batch of one
 
 
 def views_of(A: Tensor, B: Tensor, W: Tensor) -> Views:
@@ -121,7 +116,12 @@ def views_of(A: Tensor, B: Tensor, W: Tensor) -> Views:
     Nor do other devices than a CPU get W's: their `linear` may be another kernel than `addmm`, with other last bits.
     """
     a, b, w = A.detach(), B.detach(), W.detach() if W.is_cpu and W.numel() <= _LIGHT else None
-    return a, b, a.t(), b.t(), w, None if w is None else w.t()
+    At, Bt = a.t(), b.t()
+    if w is None:
+        return a, b, At, Bt, None, None, None
+    Wt, least = w.t(), min(W.numel(), A.numel(), B.numel())
+    alike = A.dtype is W.dtype and least >= _BY_BLAS
+    return a, b, At, Bt, w, Wt, (At.unsqueeze(0), Bt.unsqueeze(0), Wt.unsqueeze(0)) if alike else None
 
 
 class BoundLinear:
@@ -135,20 +135,15 @@ class BoundLinear:
         self.pw, self.pa, self.pb = base._parameters, down._parameters, up._parameters
         self.s: float = a.scaling
         self.dropout = drop if type(drop) in DROPOUTS else None
-        self.own = base.__dict__, down.__dict__, up.__dict__, drop.__dict__
-        self.hooks = (*hooks_of_calls(self.own), *_GLOBAL_HOOKS)
+        self.parts = Parts(base, down, up, drop)
         self.in_base_dtype, self.seeded = in_base_dtype(a), a.config.runtime_config.dropout_mask == "seed"
         self.views: Views | None = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         W, A, B = self.pw.get("weight"), self.pa.get("weight"), self.pb.get("weight")
-        base, down, up, drop = self.own
+        compiling = is_compiling()
         if (
-            any(self.hooks)
-            or "forward" in base
-            or "forward" in down
-            or "forward" in up
-            or "forward" in drop
+            self.parts.touched(compiling)
             or not (type(W) is type(A) is type(B) is nn.Parameter)
             or type(self.base) is not nn.Linear
             or _is_any_autocast_enabled()
@@ -159,7 +154,7 @@ class BoundLinear:
         bias, dropout = self.pw["bias"], self.dropout
         p = dropout.p if dropout is not None and dropout.training else 0.0
         wanted = is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad or W.requires_grad)
-        by_torch = is_compiling() or _are_functorch_transforms_active() or _get_tracing_state() is not None
+        by_torch = compiling or _are_functorch_transforms_active() or _get_tracing_state() is not None
         if p or wanted or by_torch:
             # with dropout, nothing here depends on `wanted`: a recomputation with gradients must draw the same mask
             if by_torch or W.requires_grad or p >= 1 or is_small(x):
@@ -173,21 +168,24 @@ class BoundLinear:
             or not (views[4] is None or W.is_set_to(views[4]))
         ):
             views = self.views = views_of(A, B, W)
-        _, _, At, Bt, _, Wt = views
+        _, _, At, Bt, _, Wt, batched = views
         shape = x.shape
+        if batched is not None and bias is not None and len(shape) == 3 and shape[0] == 1:
+            At, Bt, Wt = batched  # no view of x, and the same bits
+            return torch.baddbmm(bias, x, Wt).baddbmm_(x.bmm(At), Bt, alpha=self.s)
         flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         y = F.linear(flat, W, bias) if Wt is None or bias is None else bias.addmm(flat, Wt)  # the same bits
         if A.dtype is y.dtype:
             y.addmm_(flat.mm(At), Bt, alpha=self.s)
         else:
             self.add_cast(y, flat, A, views)
-        if len(shape) == 3:  # the most frequent; in place, and each dimension as an argument, is the cheapest
+        if len(shape) == 3 and not y.requires_grad:  # in place, and each dimension as an argument, is the cheapest
             return y.resize_(shape[0], shape[1], y.shape[1])
         return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
 
     def add_cast(self, y: Tensor, x: Tensor, A: Tensor, views: Views) -> None:
         """Add s B A x to y, where A has another dtype: y (rows, out), x (rows, in)."""
-        _, _, At, Bt, _, _ = views
+        _, _, At, Bt, *_ = views
         if self.in_base_dtype and len(x) > len(A):  # with fewer rows, casting the factors is the more work
             y.addmm_(torch.mm(x, At.to(x.dtype)), Bt.to(x.dtype), alpha=self.s)
         elif is_large(x) or is_large(y) or A.dtype.itemsize <= y.dtype.itemsize:

@@ -293,7 +293,7 @@ def _(host: ParamHost, a: View, weight: Tensor, rows: slice) -> Tensor:
     return weight + added
 
 
-IN_FORWARD: Final = (pair, outer, entering, drops, low_rank, along_output, bias_of_B)
+IN_FORWARD: Final = (pair, outer, plus_outer, entering, drops, low_rank, along_output, bias_of_B)
 
 
 def known_to_forward(host: Host) -> None:

@@ -20,7 +20,7 @@ from peftlite.core.lean import DROPOUTS, Parts
 from peftlite.core.slots import View
 from peftlite.core.variant import Program
 from peftlite.tuners.lora.blocks import is_large, is_small
-from peftlite.tuners.lora.bound import differentiable_low, globally_hooked
+from peftlite.tuners.lora.bound import differentiable_low
 from peftlite.tuners.lora.masks import drawn
 from peftlite.tuners.lora.passes import Kept, add_product, gradients_above, gradients_below, low_of
 
@@ -138,7 +138,6 @@ class BoundLoras:
         """Whether nothing stands between the modules' calls and their formulas, and torch's own are not wanted."""
         return not (
             torch.compiler.is_compiling()
-            or globally_hooked()
             or self.parts.touched()
             or type(self.base) is not nn.Linear
             or any(type(one) is not nn.Parameter for one in (W, *factors))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peftlite.core.lean import DROPOUTS, Parts
 from peftlite.core.slots import HALF_DTYPES, View
 from peftlite.core.variant import Program
-from peftlite.tuners.lora.bound import globally_hooked, suits
+from peftlite.tuners.lora.bound import suits
 from peftlite.tuners.lora.factors import in_base_dtype
 
 SMALL = 1 << 16
@@ -57,7 +57,6 @@ class BoundDora:
         dropout, (W, *own) = self.dropout, tensors
         return not (
             torch.compiler.is_compiling()
-            or globally_hooked()
             or self.parts.touched()
             or (dropout is not None and dropout.training and dropout.p)
             or type(self.base) is not nn.Linear

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from peftlite.core.hosts import ALL_ROWS, Host, LinearHost, ParamHost
 from peftlite.core.slots import View
-from peftlite.core.variant import Program
+from peftlite.core.variant import Placement, Program
 from peftlite.tuners.lora.factors import entering, in_base_dtype, low_rank, outer, pair, product
 from peftlite.tuners.lora.inits.table import started
 from peftlite.tuners.lora.plain import Lora
@@ -46,6 +46,10 @@ def net_pair(host: Host, a: View) -> tuple[Tensor, Tensor]:
 
 class Shifted(Lora):
     """W' = W + scaling (B A - B0 A0), where A0 and B0 are what the factors were at first (zero: plain LoRA)."""
+
+    def init(self, host: Host, at: Placement) -> dict[str, Any]:
+        start_of.dispatch(type(host))  # as in `known_to_forward`
+        return super().init(host, at)
 
     def low_rank(self, a: View, x: Tensor, entered: Tensor) -> Tensor:
         """The update applied to x, without scaling; `entered` is x after dropout, which the first factors never see."""

@@ -67,6 +67,7 @@ LORA = register(
         variant_for=variant_for,
         label=lambda host: f"lora.{host.name}",
         numbers=("r", "lora_alpha", "scaling"),
+        shown=frozenset(("r", "lora_alpha")),
         resolve=resolve,
     )
 )
