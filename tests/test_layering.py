@@ -54,6 +54,7 @@ CORE = (
     "stored",
     "edited",
     "layer",
+    "fused",
     "targets",
     "sharding",
     "tree",

@@ -12,6 +12,7 @@ from peftlite.config import PeftConfig
 from peftlite.core.binding import activate, rebind, sync
 from peftlite.core.facts import ModelFacts, facts_of
 from peftlite.core.found import Found, Wanted, innermost
+from peftlite.core.fused import have_called
 from peftlite.core.hosts import Host, LinearHost, ModuleHost, host_for, known_kinds
 from peftlite.core.inputs import observe
 from peftlite.core.layer import AdapterLayer
@@ -350,5 +351,6 @@ def layer_at(site: Site, state: AdapterState) -> tuple[AdapterLayer, bool]:
         raise StateError(f"`{site.path}` is gone. The model was changed between plan and commit.")
     layer = AdapterLayer(module, site.tuner, state, site.param)
     for place in site.places:
+        have_called(layer, place.parent)
         put(place.parent._modules, place.child, layer)
     return layer, True

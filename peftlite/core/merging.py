@@ -65,7 +65,9 @@ class MergingLayer(ScalingLayer):
             base = base.get_base_layer()
         host: Host | None = own.get("_host")
         if host is None or host.layer is not base:
-            host = ParamHost(base, self.param) if self.param is not None else host_for(base) or ModuleHost(base)
+            host = ParamHost(base, self.param) if self.param is not None else host_for(base)
+            if host is None or (host.weight_only and own["tuner"].any_module):
+                host = ModuleHost(base)
             self.__dict__["_host"] = host
         return host
 
